@@ -1,0 +1,237 @@
+"""Building blocks shared by two or more architectures, and the model that they hang in.
+
+Letters in shape comments, for the whole kit:
+    B batch   T time   D model_dim   H num_heads   K key dim per head   V value dim per head, or vocab_size   N state dim
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ModelConfig:
+    """What every architecture has. A subclass adds its own fields; every field is an environment variable in capitals."""
+
+    env_prefix: ClassVar[str] = ""  # "TI_": every variable that starts so must be a field of this Config
+
+    vocab_size: int = 1024
+    train_seq_len: int = 1024  # tokens of context in training, and in scoring unless EVAL_SEQ_LEN says otherwise
+    num_layers: int = 9
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: int = 2  # hidden width of the MLP over model_dim
+    tie_embeddings: bool = True
+    tied_embed_init_std: float = 0.005
+    logit_softcap: float = 30.0
+    rope_base: float = 10_000.0
+    qk_gain_init: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "train_seq_len", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least 1")
+        if self.model_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"MODEL_DIM={self.model_dim} must be a multiple of 2 x NUM_HEADS={self.num_heads}: RoPE turns pairs of channels"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}")
+        if self.logit_softcap <= 0:
+            raise ValueError(f"LOGIT_SOFTCAP={self.logit_softcap} must be above 0")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+
+def control(param: nn.Parameter) -> nn.Parameter:
+    """The same parameter, marked delicate: trained by Adam, kept in fp32, never quantised."""
+    param.is_control = True
+    return param
+
+
+def is_control(param: Tensor) -> bool:
+    """True for what `control` has marked and for vectors: gains, biases, decays."""
+    return getattr(param, "is_control", False) or param.ndim < 2
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square along the last dimension (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Bias-free linear whose fp32 weight is cast to the activation's dtype at matmul time."""
+
+    def __init__(self, in_features: int, out_features: int, zero_init: bool = False):
+        super().__init__(in_features, out_features, bias=False)
+        if zero_init:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding, halves rotated (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
+
+    def __init__(self, head_dim: int, base: float, seq_len: int):
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+        cos, sin = self.tables(seq_len, None)
+        self.register_buffer("cos", cos, persistent=False)  # (seq_len, K / 2)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def tables(self, seq_len: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position times every frequency, each (seq_len, K / 2), fp32."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), self.base**-exponents)
+        return angles.cos(), angles.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, T, K) with position t's pairs turned by t times their frequency."""
+        T = x.size(-2)
+        cos, sin = (self.cos[:T], self.sin[:T]) if T <= self.cos.size(0) else self.tables(T, x.device)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        first, second = x.chunk(2, dim=-1)  # each (B, H, T, K / 2)
+        return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query softmax attention with QK-norm and RoPE (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.query = Linear(config.model_dim, config.model_dim)
+        self.key = Linear(config.model_dim, kv_dim)
+        self.value = Linear(config.model_dim, kv_dim)
+        self.rotary = Rotary(config.head_dim, config.rope_base, config.train_seq_len)
+        self.q_gain = control(nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init)))
+        self.out = Linear(config.model_dim, config.model_dim, zero_init=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D); position t sees positions up to t."""
+        B, T, D = x.shape
+        q = self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, K)
+        k = self.key(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        v = self.value(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        q, k = self.rotary(rms_norm(q)), self.rotary(rms_norm(k))
+        q = q * self.q_gain.to(q.dtype)[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.num_kv_heads != self.num_heads)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """relu^2 MLP (So et al. 2021, https://arxiv.org/abs/2109.08668)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = Linear(config.model_dim, config.mlp_mult * config.model_dim)
+        self.down = Linear(config.mlp_mult * config.model_dim, config.model_dim, zero_init=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: one token mixer, one MLP, each scaled per channel; the embedding x0 is mixed back in."""
+
+    def __init__(self, mixer: nn.Module, config: ModelConfig):
+        super().__init__()
+        self.mixer = mixer
+        self.mlp = MLP(config)
+        self.mixer_scale = control(nn.Parameter(torch.ones(config.model_dim)))
+        self.mlp_scale = control(nn.Parameter(torch.ones(config.model_dim)))
+        self.resid_mix = control(nn.Parameter(torch.stack((torch.ones(config.model_dim), torch.zeros(config.model_dim)))))
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        """x and x0 (B, T, D) to (B, T, D); x0 is the normalised embedding."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.mixer_scale.to(x.dtype) * self.mixer(rms_norm(x))
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Tied embedding, a stack of blocks, softcapped head. An architecture overrides the smallest hook that says its idea.
+
+    What the trainer relies on: `forward(input_ids, target_ids)` is the training loss, `nats(...)` the score of each target,
+    parameters carry their own treatment (`control`), and whatever is not a parameter or persistent buffer costs no bytes.
+    """
+
+    progress_switches: ClassVar[tuple[float, ...]] = ()  # fractions of the run at which on_progress changes the graph
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32  # of the activations; set by the trainer, followed by every Linear
+        self.embed = nn.Embedding(config.vocab_size, config.model_dim)
+        nn.init.normal_(self.embed.weight, std=config.tied_embed_init_std if config.tie_embeddings else 1.0)
+        self.blocks = self.make_blocks()
+        num_skips = len(self.blocks) // 2
+        if num_skips:
+            self.skip_weights = control(nn.Parameter(torch.ones(num_skips, config.model_dim)))
+        self.head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size, zero_init=True)
+
+    def make_mixer(self, layer_idx: int) -> nn.Module:
+        """A module that maps (B, T, D) to (B, T, D) and looks at no later position."""
+        raise NotImplementedError(f"{type(self).__module__} must define make_mixer, make_block, make_blocks or backbone")
+
+    def make_block(self, layer_idx: int) -> nn.Module:
+        """A module that maps x, x0, both (B, T, D), to (B, T, D)."""
+        return Block(self.make_mixer(layer_idx), self.config)
+
+    def make_blocks(self) -> nn.ModuleList:
+        """The modules that hold the stack's weights, in forward order: one per layer unless layers share."""
+        return nn.ModuleList(self.make_block(i) for i in range(self.config.num_layers))
+
+    def backbone(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D): the blocks, the second half fed from the first in mirror order (U-Net skips)."""
+        x0, skips, num_skips = x, [], len(self.blocks) // 2
+        for i, block in enumerate(self.blocks):
+            if i >= num_skips and skips:
+                x = x + self.skip_weights[i - num_skips].to(x.dtype) * skips.pop()
+            x = block(x, x0)
+            if i < num_skips:
+                skips.append(x)
+        return x
+
+    def logits(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """fp32 logits (B, T - start, V) of the positions from `start` on: the scored path."""
+        x = rms_norm(self.embed(input_ids).to(self.compute_dtype))  # (B, T, D)
+        x = rms_norm(self.backbone(x)[:, start:])
+        head = self.embed.weight if self.head is None else self.head.weight
+        logits = F.linear(x, head.to(x.dtype)).float()
+        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+
+    def nats(self, input_ids: Tensor, target_ids: Tensor, start: int = 0) -> Tensor:
+        """-ln p of the targets from position `start` on, fp32 (B, T - start). Not for overriding: logits is."""
+        logits = self.logits(input_ids, start)
+        return F.cross_entropy(logits.flatten(0, 1), target_ids[:, start:].flatten(), reduction="none").view(len(input_ids), -1)
+
+    def training_loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """The scalar to minimise, mean nats by default; never used for scoring."""
+        return F.cross_entropy(self.logits(input_ids).flatten(0, 1), target_ids.flatten())
+
+    def forward(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        return self.training_loss(input_ids, target_ids)
+
+    def materialize(self) -> dict[str, Tensor]:
+        """Generated weights by the name of the non-persistent buffer they fill; called once per optimizer step.
+
+        The trainer runs every micro-batch on detached copies and sends their summed gradient through the generator once.
+        """
+        return {}
+
+    def on_progress(self, fraction: float) -> None:
+        """Told the fraction of the run (0 to 1) before each step. What changes the graph is listed in progress_switches."""
+
+    def observe(self, target_ids: Tensor) -> None:
+        """Test-time training: told targets (1, T) after their scores were given away. Overriding it makes scoring sequential."""
