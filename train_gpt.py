@@ -1,9 +1,9 @@
 """Train a small language model inside a time budget, store it inside a byte budget, score it in bits per byte.
 
-    python train_gpt.py                                        train on this machine; every setting is an environment variable
+    python train_gpt.py                       train on this machine; every setting is an environment variable
     ARCH=gpt SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
-    python train_gpt.py score model.bin                        score token streams: requests on stdin, one JSON line each,
-                                                               {"tokens": shard file, "nats": file to write, one float32 per target}
+    python train_gpt.py score model.bin       score token streams: requests on stdin, one JSON line each,
+                                              {"tokens": shard, "nats": file to write, a float32 per target}
 Reads top to bottom: settings, machine, tokens and batches, score, optimizers, schedule, artifact, training, main.
 """
 
@@ -69,7 +69,9 @@ class RunConfig:
     warmup_steps: int = 20  # on random tokens, outside the clock, undone afterwards
     warmdown_iters: int = 1200
     warmdown_max_fraction: float = 0.7  # of the run: a short or slow run must not train at a starved rate
-    schedule: str = "time"  # "time": the rate falls with the first of steps and clock to run out; "steps": with steps alone
+    schedule: str = (
+        "time"  # "time": the rate falls with the first of steps and clock to run out; "steps": with steps alone
+    )
     train_log_every: int = 200
     val_loss_every: int = 0  # 0 = after training only: the clock does not stop for validation
 
@@ -99,7 +101,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("iterations", "train_batch_tokens", "train_log_every", "muon_backend_steps")
-        at_least_zero = ("max_wallclock_seconds", "warmup_steps", "warmdown_iters", "val_loss_every", "eval_stride", "grad_clip_norm")
+        at_least_zero = (
+            "max_wallclock_seconds",
+            "warmup_steps",
+            "warmdown_iters",
+            "val_loss_every",
+            "eval_stride",
+            "grad_clip_norm",
+        )
         for minimum, names in ((1, at_least_one), (0, at_least_zero)):
             for name in names:
                 if not getattr(self, name) >= minimum:
@@ -187,6 +196,11 @@ class Machine:
         return values
 
 
+def score_dtype(device: torch.device) -> torch.dtype:
+    """Number format of scoring: fp32 on CPU, where bf16 would make a score depend on the processor."""
+    return torch.bfloat16 if device.type == "cuda" and bf16_is_fast(device) else torch.float32
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether bf16 matmuls beat fp32 here: known on CUDA, a 50 ms race on CPUs that have the instructions."""
     if device.type == "cuda":
@@ -207,7 +221,9 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def compile_pays(run: RunConfig, device: torch.device) -> tuple[bool, str]:
-    """(compile?, why) for a run that leaves COMPILE unset: on CPU it costs half a minute and a C++ compiler."""
+    """(compile?, why): COMPILE, or where it pays; on CPU it costs most of a minute and a C++ compiler."""
+    if run.compile is not None:
+        return run.compile, "COMPILE is set"
     if device.type == "cuda":
         return True, "CUDA"
     if device.type != "cpu":
@@ -290,9 +306,13 @@ def read_shard(path: str | Path) -> np.ndarray:
     size = os.path.getsize(path)
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise ValueError(f"{path} is not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); prepare the data again")
+        raise ValueError(
+            f"{path} is not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); prepare the data again"
+        )
     if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise ValueError(f"{path} has {size} bytes, its header promises {SHARD_HEADER_BYTES + 2 * int(header[2])}; fetch it again")
+        raise ValueError(
+            f"{path} has {size} bytes, its header promises {SHARD_HEADER_BYTES + 2 * int(header[2])}; fetch it again"
+        )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
 
 
@@ -302,7 +322,7 @@ def sha256(path: str | Path) -> str:
 
 
 class ByteTable:
-    """Bytes of text behind each token: base[id], and one more for a leading space unless the previous token is a boundary."""
+    """Bytes of text behind each token: base[id], one more for a leading space unless the token before is a boundary."""
 
     def __init__(self, tokenizer_path: str | Path):
         if str(tokenizer_path).endswith(".json"):
@@ -321,7 +341,9 @@ class ByteTable:
         pieces = [sp.id_to_piece(i) for i in ids]
         self.leading_space = np.array([dummy_prefix and piece.startswith("▁") for piece in pieces]) & ~self.boundary
         spelled = [len(piece.replace("▁", " ").encode()) for piece in pieces]
-        self.base = np.array([1 if sp.is_byte(i) else 0 if self.boundary[i] else spelled[i] for i in ids]) - self.leading_space
+        self.base = (
+            np.array([1 if sp.is_byte(i) else 0 if self.boundary[i] else spelled[i] for i in ids]) - self.leading_space
+        )
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of each target tokens[1:], as int64, given the token before it."""
@@ -347,12 +369,16 @@ class Dataset:
         elif tokenizer_path:
             self.tokenizer_path = tokenizer_path
         else:
-            raise ValueError(f"DATA_PATH={data_path} has no manifest.json, so TOKENIZER_PATH must name the tokenizer of its shards")
+            raise ValueError(
+                f"DATA_PATH={data_path} has no manifest.json, so TOKENIZER_PATH must name the tokenizer of its shards"
+            )
         if not Path(self.tokenizer_path).is_file():
             raise ValueError(f"TOKENIZER_PATH={self.tokenizer_path} does not exist")
         self.tokenizer_sha256 = sha256(self.tokenizer_path)
         if self.manifest and self.tokenizer_sha256 != self.manifest["tokenizer"]["sha256"]:
-            raise ValueError(f"TOKENIZER_PATH={self.tokenizer_path} is not the tokenizer that made {data_path}; unset it")
+            raise ValueError(
+                f"TOKENIZER_PATH={self.tokenizer_path} is not the tokenizer that made {data_path}; unset it"
+            )
         self.bytes_of = ByteTable(self.tokenizer_path)
         self.vocab_size = len(self.bytes_of.base)
 
@@ -378,8 +404,8 @@ class Dataset:
         counted = int(self.bytes_of.count(tokens).sum())
         if self.manifest and counted != (raw := self.manifest["splits"]["val"]["bytes"]):
             raise ValueError(
-                f"the validation tokens spell {counted} bytes, manifest.json says {raw}: {self.tokenizer_path} does not fit "
-                f"the shards in {self.name}; prepare the data again"
+                f"the validation tokens spell {counted} bytes, manifest.json says {raw}: "
+                f"{self.tokenizer_path} does not fit the shards in {self.name}; prepare the data again"
             )
         if max_tokens is not None and max_tokens + 1 < len(tokens):
             tokens = tokens[: max_tokens + 1]
@@ -393,9 +419,11 @@ class TokenLoader:
     Each epoch shifts the shards by a random phase, cuts them into windows of T and walks these in a random order.
     """
 
-    def __init__(self, files: list[str], batch_tokens: int, seq_len: int, vocab_size: int, seed: int, machine: Machine):
-        self.files, self.tokens, self.seq_len, self.seed = files, [read_shard(path) for path in files], seq_len, seed
-        self.vocab_size, self.machine, self.rows = vocab_size, machine, batch_tokens // seq_len
+    def __init__(self, files: list[str], run: RunConfig, config: ModelConfig, machine: Machine):
+        self.files, self.tokens = files, [read_shard(path) for path in files]
+        self.seq_len, self.vocab_size = config.train_seq_len, config.vocab_size
+        self.rows, self.seed, self.machine = run.train_batch_tokens // self.seq_len, run.seed, machine
+        seq_len = self.seq_len
         self.windows = np.array([max(0, (len(t) - seq_len) // seq_len) for t in self.tokens])  # room for any phase
         self.num_windows = int(self.windows.sum())
         if not self.num_windows:
@@ -408,17 +436,23 @@ class TokenLoader:
         epoch, place = divmod(index, self.num_windows)
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.order, self.phases = epoch, rng.permutation(self.num_windows), rng.integers(self.seq_len, size=len(self.tokens))
+            self.epoch, self.order, self.phases = (
+                epoch,
+                rng.permutation(self.num_windows),
+                rng.integers(self.seq_len, size=len(self.tokens)),
+            )
         number = self.order[place]
         shard = int(np.searchsorted(self.first, number, side="right")) - 1
         start = int(number - self.first[shard]) * self.seq_len + self.phases[shard]
         window = self.tokens[shard][start : start + self.seq_len + 1]
         if window.max() >= self.vocab_size:
-            raise ValueError(f"{self.files[shard]} holds token {window.max()}, which VOCAB_SIZE={self.vocab_size} does not reach")
+            raise ValueError(
+                f"{self.files[shard]} holds token {window.max()}, which VOCAB_SIZE={self.vocab_size} does not reach"
+            )
         return window
 
     def batch(self, step: int) -> Tensor:
-        """This rank's rows of the batch of `step`, (rows / world_size, T + 1) int32, pinned where that speeds the copy."""
+        """This rank's rows of the batch of `step`, (rows / world_size, T + 1) int32, pinned for the copy."""
         mine = self.rows // self.machine.world_size
         first = step * self.rows + self.machine.rank * mine
         batch = torch.from_numpy(np.stack([self.window(i) for i in range(first, first + mine)]).astype(np.int32))
@@ -469,7 +503,9 @@ class ScorePlan:
 
     def __post_init__(self) -> None:
         if not (self.seq_len >= 1 and 1 <= self.stride <= self.seq_len):
-            raise ValueError(f"EVAL_STRIDE={self.stride} must be between 1 and EVAL_SEQ_LEN={self.seq_len}, or 0 for no overlap")
+            raise ValueError(
+                f"EVAL_STRIDE={self.stride} must be between 1 and EVAL_SEQ_LEN={self.seq_len}, or 0 for no overlap"
+            )
 
     def windows(self, num_targets: int) -> list[tuple[int, int]]:
         """(first input position, first scored place in the window): every target is scored once, left to right."""
@@ -478,7 +514,7 @@ class ScorePlan:
 
 
 def score_rows(plan: ScorePlan, batch_tokens: int | None, device: torch.device) -> int:
-    """Windows scored at once. Batches have one shape always, so that a score does not depend on what else is in the batch."""
+    """Windows scored at once. The shape never varies: a score must not depend on what else is in the batch."""
     return max(1, (batch_tokens or (65_536 if device.type == "cuda" else 8_192)) // plan.seq_len)
 
 
@@ -487,8 +523,10 @@ def is_sequential(model: LanguageModel) -> bool:
     return type(model).observe is not LanguageModel.observe
 
 
-def score_stream(model: LanguageModel, tokens: np.ndarray, plan: ScorePlan, machine: Machine, batch_tokens: int | None = None) -> np.ndarray:
-    """Nats of every target tokens[1:], float32, left to right from a fresh state. A rank fills only its share; the rest is 0."""
+def score_stream(
+    model: LanguageModel, tokens: np.ndarray, plan: ScorePlan, machine: Machine, batch_tokens: int | None = None
+) -> np.ndarray:
+    """Nats of every target tokens[1:], float32, left to right from a fresh state; 0 where another rank scores."""
     num_targets = len(tokens) - 1
     result = np.zeros(max(0, num_targets), dtype=np.float32)
     if num_targets < 1:
@@ -534,7 +572,14 @@ class Score:
         return self.nats_sum / (math.log(2) * self.val_bytes)
 
 
-def score(model: LanguageModel, tokens: np.ndarray, num_bytes: int, plan: ScorePlan, machine: Machine, batch_tokens: int | None) -> Score:
+def score(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    num_bytes: int,
+    plan: ScorePlan,
+    machine: Machine,
+    batch_tokens: int | None,
+) -> Score:
     """The model's score on the whole stream, the same on every rank."""
     nats = score_stream(model, tokens, plan, machine, batch_tokens)
     total = torch.tensor([nats.sum(dtype=np.float64)], dtype=torch.float64)
@@ -578,9 +623,9 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
 
 
 class Muon:
-    """Momentum, then orthogonalised updates (https://kellerjordan.github.io/posts/muon/), batched over matrices of one shape.
+    """Momentum, then orthogonalised updates (https://kellerjordan.github.io/posts/muon/), batched by shape.
 
-    Matrices are laid on their side where that makes shapes equal; with several ranks each orthogonalises its part of a batch.
+    Matrices are laid on their side where that makes shapes equal; each rank orthogonalises its part of a batch.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, backend_steps: int, machine: Machine):
@@ -629,7 +674,11 @@ class Optimizers:
 
     def __init__(self, model: LanguageModel, run: RunConfig, machine: Machine):
         groups, self.run = parameter_groups(model), run
-        rates = {"embed": run.tied_embed_lr if model.head is None else run.embed_lr, "head": run.head_lr, "scalar": run.scalar_lr}
+        rates = {
+            "embed": run.tied_embed_lr if model.head is None else run.embed_lr,
+            "head": run.head_lr,
+            "scalar": run.scalar_lr,
+        }
         adam = [dict(params=groups[name], lr=lr, base_lr=lr) for name, lr in rates.items() if groups[name]]
         self.adam = torch.optim.Adam(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
         self.muon = Muon(groups["matrix"], run.matrix_lr, run.muon_backend_steps, machine)
@@ -684,14 +733,14 @@ class Schedule:
         return step / max(1.0, step + self.remaining_steps(step))
 
     def lr_scale(self, step: int) -> float:
-        """1, then linearly down to 0 over the warmdown, which never takes more than warmdown_max_fraction of the run."""
+        """1, then linearly down to 0 over the warmdown, never more than warmdown_max_fraction of the run."""
         left = self.remaining_steps(step)
         warmdown = min(self.run.warmdown_iters, self.run.warmdown_max_fraction * (step + left))
         self.scales.append(min(1.0, left / warmdown) if warmdown else 1.0)
         return self.scales[-1]
 
     def must_stop(self, step_began: float, now: float) -> bool:
-        """Whether the step after this one could end past the cap. Slow steps come in spells: the slowest recent one counts."""
+        """Whether the step after this one could end past the cap. Slow steps come in spells: the slowest counts."""
         slowest = 1.05 * max(self.recent, default=0.0)
         return max(now, step_began + slowest) + (1 + self.lag) * slowest > self.run.cap_seconds
 
@@ -701,11 +750,14 @@ class Schedule:
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION, MAX_HEADER_BYTES, MAX_RAW_BYTES = b"PGOLFKIT", 1, 1 << 20, 1 << 33
 ARTIFACT_PREFIX = struct.Struct("<8sIII")  # magic, version, header bytes, crc32 of the header
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool)}
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool)
+}
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(int8 values, fp16 scales (rows, 1)) of a matrix; below 8 bits each row is clipped where the squared error is least."""
+    """(int8 values, fp16 scales (rows, 1)) of a matrix; below 8 bits a row is clipped where the error is least."""
     limit = 2 ** (bits - 1) - 1
     rows = weight.detach().float().cpu().reshape(-1, weight.size(-1))
     best = None
@@ -733,8 +785,10 @@ def unshuffled(data: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor
     return torch.from_numpy(planes.T.copy()).view(dtype).reshape(shape)
 
 
-def pack_artifact(model: LanguageModel, arch: str, tokenizer_sha256: str | None, plan: ScorePlan, progress: float, bits: int) -> bytes:
-    """The bytes of model.bin. Matrices are quantised per row, control tensors stay fp32, shared tensors are stored once."""
+def pack_artifact(
+    model: LanguageModel, arch: str, tokenizer_sha256: str | None, plan: ScorePlan, progress: float, bits: int
+) -> bytes:
+    """The bytes of model.bin: matrices quantised per row, control tensors in fp32, shared tensors once."""
     import zstandard
 
     params = dict(model.named_parameters(remove_duplicate=False))
@@ -756,9 +810,16 @@ def pack_artifact(model: LanguageModel, arch: str, tokenizer_sha256: str | None,
     payload = b"".join(chunks)
     frame = zstandard.ZstdCompressor(level=22).compress(payload)
     header = dict(
-        arch=arch, config=asdict(model.config), score=asdict(plan), progress=progress, quant_bits=bits, tokenizer_sha256=tokenizer_sha256,
-        raw_bytes=len(payload), frame_sha256=hashlib.sha256(frame).hexdigest(), tensors=entries,
-    )  # fmt: skip
+        arch=arch,
+        config=asdict(model.config),
+        score=asdict(plan),
+        progress=progress,
+        quant_bits=bits,
+        tokenizer_sha256=tokenizer_sha256,
+        raw_bytes=len(payload),
+        frame_sha256=hashlib.sha256(frame).hexdigest(),
+        tensors=entries,
+    )
     text = json.dumps(header, separators=(",", ":")).encode()
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), zlib.crc32(text)) + text + frame
 
@@ -774,7 +835,9 @@ def save_atomically(path: Path, blob: bytes) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({len(blob):,} bytes): {error.strerror or error}; make room and run again") from None
+        raise OSError(
+            f"cannot write {path} ({len(blob):,} bytes): {error.strerror or error}; make room and run again"
+        ) from None
 
 
 def read_header(blob: bytes) -> tuple[dict, memoryview]:
@@ -785,7 +848,9 @@ def read_header(blob: bytes) -> tuple[dict, memoryview]:
     if version != ARTIFACT_VERSION:
         raise ValueError(f"artifact version {version}; this script reads version {ARTIFACT_VERSION}")
     if header_bytes > min(MAX_HEADER_BYTES, len(blob) - ARTIFACT_PREFIX.size):
-        raise ValueError(f"artifact header of {header_bytes} bytes: over the file's end or the limit of {MAX_HEADER_BYTES}")
+        raise ValueError(
+            f"artifact header of {header_bytes} bytes: over the file's end or the limit of {MAX_HEADER_BYTES}"
+        )
     text = blob[ARTIFACT_PREFIX.size : ARTIFACT_PREFIX.size + header_bytes]
     if zlib.crc32(text) != checksum:
         raise ValueError("artifact header does not match its checksum: the file is damaged")
@@ -849,10 +914,11 @@ def load_artifact(blob: bytes, device: torch.device) -> tuple[LanguageModel, Sco
     except ValueError:
         raise
     except Exception as error:  # a well-formed file whose content makes no sense
-        raise ValueError(f"artifact does not fit this script: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"artifact does not fit this script: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
     model.to(device).eval().requires_grad_(False)
-    # CPU scores in fp32: bf16 there would make a score depend on the processor.
-    model.compute_dtype = torch.bfloat16 if device.type == "cuda" and bf16_is_fast(device) else torch.float32
+    model.compute_dtype = score_dtype(device)
     fill_generated(model)
     return model, plan, header
 
@@ -931,7 +997,7 @@ class Trainer:
                 p.grad = torch.zeros_like(p)
 
     def train_step(self, batch: Tensor, step: int, lr_scale: float, votes: Callable[[], list[float]]) -> Tensor:
-        """One optimizer step; [loss, *votes()] averaged over the ranks, on the device. votes are cast after backward."""
+        """One optimizer step; [loss, *votes()] averaged over the ranks. Votes are cast after backward."""
         loss = self.backward(batch)
         report = torch.cat((loss.float().reshape(1), torch.tensor(votes(), dtype=torch.float32).to(batch.device)))
         report = self.share(report)
@@ -947,11 +1013,14 @@ class Trainer:
             for fraction in (0.0, *model.progress_switches) if self.run.warmup_steps else ():
                 model.on_progress(fraction)
                 for _ in range(self.run.warmup_steps):
-                    batch = torch.randint(model.config.vocab_size, (rows, model.config.train_seq_len + 1), device=self.machine.device)
+                    batch = torch.randint(
+                        model.config.vocab_size, (rows, model.config.train_seq_len + 1), device=self.machine.device
+                    )
                     start = time.perf_counter()
                     self.train_step(batch, 0, 1.0, lambda: [0.0, 0.0]).tolist()
                     seconds = time.perf_counter() - start
-                log(f"warmup_step:{self.run.warmup_steps}/{self.run.warmup_steps} at_fraction:{fraction} last_step:{1000 * seconds:.0f}ms")
+                done = f"{self.run.warmup_steps}/{self.run.warmup_steps}"
+                log(f"warmup_step:{done} at_fraction:{fraction} last_step:{1000 * seconds:.0f}ms")
         with torch.no_grad():
             for name, t in [*model.named_parameters(), *model.named_buffers()]:
                 t.copy_(kept[name])
@@ -971,7 +1040,9 @@ class Outcome:
     interrupted: bool = False
 
 
-def train(trainer: Trainer, loader: TokenLoader, validate: Callable[[], Score], step_seconds: float, log: RunLog) -> Outcome:
+def train(
+    trainer: Trainer, loader: TokenLoader, validate: Callable[[], Score], step_seconds: float, log: RunLog
+) -> Outcome:
     """Train until the iterations, the clock or the user end it. The clock runs from here on and never pauses."""
     run, machine, model = trainer.run, trainer.machine, trainer.model
     schedule, outcome, pending = Schedule(run, step_seconds, machine.lag), Outcome(), deque()
@@ -988,8 +1059,8 @@ def train(trainer: Trainer, loader: TokenLoader, validate: Callable[[], Score], 
         last = now
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"step:{step + 1} train_loss is {loss}: training diverged. Lower MATRIX_LR={run.matrix_lr} and the other rates, "
-                f"or set GRAD_CLIP_NORM=1; the log up to here is kept"
+                f"step:{step + 1} train_loss is {loss}: training diverged. Lower MATRIX_LR={run.matrix_lr} and the "
+                f"other rates, or set GRAD_CLIP_NORM=1; the log up to here is kept"
             )
         done = step + 1
         if done <= 10 or done % run.train_log_every == 0 or done == run.iterations:
@@ -1051,36 +1122,33 @@ def code_files() -> list[Path]:
     return sorted({Path(f).resolve() for f in (__file__, *kit)})
 
 
-def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def micro_batch_count(run: RunConfig, model_config: ModelConfig, machine: Machine) -> int:
     """Backward passes per step and rank: 1 unless memory asks for more."""
     rank_tokens, T = run.train_batch_tokens // machine.world_size, model_config.train_seq_len
     if run.train_batch_tokens % (T * machine.world_size):
         raise ValueError(
-            f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={T} x {machine.world_size} ranks = "
-            f"{T * machine.world_size}, at least one sequence per rank"
+            f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={T} x "
+            f"{machine.world_size} ranks = {T * machine.world_size}, at least one sequence per rank"
         )
     limit = run.micro_batch_tokens
     if limit is None:
-        # Measured upstream: 155 kB a token at 9 layers x 512, vocabulary 1024; logits in fp32 are kept about three times over.
+        # Upstream's logs: 155 kB a token at 9 layers x 512; fp32 logits are kept about three times over.
         token_bytes = 34 * model_config.num_layers * model_config.model_dim + 12 * model_config.vocab_size
         memory = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else 8 << 30
         limit = max(T, int(0.6 * memory / token_bytes))
     rows = rank_tokens // T
-    return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n) * T <= limit or n == rows)
+    return next(n for n in range(1, rows + 1) if (rows % n == 0 and (rows // n) * T <= limit) or n == rows)
 
 
-def prepare_run(run: RunConfig, model_config: ModelConfig, config_cls: type, env=os.environ) -> tuple[Dataset, ModelConfig]:
+def prepare_run(run: RunConfig, model_config: ModelConfig, env=os.environ) -> tuple[Dataset, ModelConfig]:
     """The data set, and the model config fitted to its vocabulary when VOCAB_SIZE is unset."""
     dataset = Dataset(run.data_path, run.tokenizer_path)
     if "VOCAB_SIZE" not in env:
         model_config = dataclasses.replace(model_config, vocab_size=dataset.vocab_size)
     if model_config.vocab_size < dataset.vocab_size:
         raise ValueError(
-            f"VOCAB_SIZE={model_config.vocab_size} is too small: the tokenizer of {dataset.name} has {dataset.vocab_size}; unset VOCAB_SIZE"
+            f"VOCAB_SIZE={model_config.vocab_size} is too small: the tokenizer of {dataset.name} has "
+            f"{dataset.vocab_size}; unset VOCAB_SIZE"
         )
     return dataset, model_config
 
@@ -1097,7 +1165,7 @@ def open_log(run: RunConfig, arch: str, machine: Machine) -> tuple[Path, RunLog]
         raise ValueError(f"RUN_ID={run.run_id} has a log in {folder} already; choose another RUN_ID") from None
 
 
-def store(model: LanguageModel, path: Path, machine: Machine, pack: Callable[[], bytes]) -> bytes:
+def store(path: Path, machine: Machine, pack: Callable[[], bytes]) -> bytes:
     """Rank 0 packs and writes the artifact; every rank gets the bytes that are on its disk."""
     failed = torch.zeros(1, device=machine.device)
     blob = error = None
@@ -1132,39 +1200,91 @@ def verdict(result: dict, vocab_size: int) -> list[str]:
     return reasons
 
 
+def announce(log: RunLog, model: LanguageModel, machine: Machine, loader: TokenLoader, why: str) -> None:
+    """Log what is about to be trained, and on what."""
+    params = sum(p.numel() for p in model.parameters())
+    log(f"model_params:{params} | world_size:{machine.world_size} | seed:{loader.seed}")
+    dtype, threads = str(machine.dtype).removeprefix("torch."), torch.get_num_threads()
+    log(f"device:{machine.device.type} dtype:{dtype} threads:{threads} hardware:{hardware_name(machine)}")
+    log(f"compile:{'on' if machine.compile else 'off'} ({why})")
+    log(f"train_loader: shards:{len(loader.files)} windows:{loader.num_windows} rows:{loader.rows}")
+
+
+def make_result(run: RunConfig, model: LanguageModel, machine: Machine, dataset: Dataset, outcome: Outcome) -> dict:
+    """What the result line says of the run itself; the scores and sizes are added by the caller."""
+    free = ("seed", "run_id", "out_dir", "data_path", "tokenizer_path")
+    settings = {k: v for k, v in (asdict(run) | asdict(model.config)).items() if k not in free}
+    return dict(
+        run_id=run.run_id,
+        seed=run.seed,
+        steps=outcome.steps,
+        iterations=run.iterations,
+        train_seconds=round(outcome.seconds, 3),
+        cap_seconds=run.max_wallclock_seconds,
+        step_avg_ms=round(1000 * outcome.seconds / max(1, outcome.steps), 3),
+        tokens_seen=outcome.steps * run.train_batch_tokens,
+        mean_lr_scale=round(outcome.mean_lr_scale, 4),
+        interrupted=outcome.interrupted,
+        params=sum(p.numel() for p in model.parameters()),
+        code_sha256=hashlib.sha256(b"".join(f.read_bytes() for f in code_files())).hexdigest(),
+        config_sha256=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        dataset=dataset.name,
+        data_sha256=dataset.sha256,
+        tokenizer_sha256=dataset.tokenizer_sha256,
+        world_size=machine.world_size,
+        device=machine.device.type,
+        hardware=hardware_name(machine),
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
+
+
+def log_result(log: RunLog, result: dict, bits: int) -> None:
+    """The last lines of a run: sizes and score in upstream's words, then everything as one JSON line."""
+    log(f"Serialized model int{bits}+zstd: {result['bytes_model']} bytes")
+    log(f"Code size: {result['bytes_code']} bytes")
+    log(f"Total submission size int{bits}+zstd: {result['bytes_total']} bytes")
+    loss, bpb, milliseconds = result["val_loss"], result["val_bpb"], 1000 * result["score_seconds"]
+    log(f"final_int{bits}_zstd_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{milliseconds:.0f}ms")
+    log(f"final_int{bits}_zstd_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+    for reason in result["invalid_reasons"]:
+        log(f"invalid: {reason}")
+    log("result:" + json.dumps(result))
+
+
 def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     """The whole run, from settings to result line; the exit status."""
-    Model, Config = load_architecture(arch)
-    dataset, model_config = prepare_run(run, model_config, Config)
-    plan = ScorePlan(run.eval_seq_len or model_config.train_seq_len, run.eval_stride or run.eval_seq_len or model_config.train_seq_len)
+    Model, _ = load_architecture(arch)
+    dataset, model_config = prepare_run(run, model_config)
+    T = model_config.train_seq_len
+    plan = ScorePlan(run.eval_seq_len or T, run.eval_stride or run.eval_seq_len or T)
     val_tokens, val_bytes, partial = dataset.validation(run.val_max_tokens)
     machine = make_machine(run)
+    machine.compile, why = compile_pays(run, machine.device)
     micro_batches = micro_batch_count(run, model_config, machine)
-    machine.compile, why = (run.compile, "COMPILE is set") if run.compile is not None else compile_pays(run, machine.device)
-    loader = TokenLoader(dataset.train_files, run.train_batch_tokens, model_config.train_seq_len, model_config.vocab_size, run.seed, machine)
+    loader = TokenLoader(dataset.train_files, run, model_config, machine)
     folder, log = open_log(run, arch, machine)
     log.phase("setup", PROCESS_START)
     log("config:" + json.dumps({"arch": arch} | asdict(run) | asdict(model_config)))
 
     torch.manual_seed(run.seed)
     model = Model(model_config).to(machine.device)
-    model.compute_dtype = machine.dtype
-    if machine.world_size > 1:
-        torch.manual_seed(run.seed + machine.rank)  # what a loss draws at random differs between ranks, the weights do not
-    params = sum(p.numel() for p in model.parameters())
-    log(f"model_params:{params} | world_size:{machine.world_size} micro_batches:{micro_batches} | seed:{run.seed}")
-    log(f"device:{machine.device.type} dtype:{str(machine.dtype).removeprefix('torch.')} threads:{torch.get_num_threads()} hardware:{hardware_name(machine)}")
-    log(f"compile:{'on' if machine.compile else 'off'} ({why})")
-    log(f"data:{dataset.name} train_windows:{loader.num_windows} val_tokens:{len(val_tokens) - 1} val_bytes:{val_bytes}")
+    if machine.world_size > 1:  # ranks share the weights, not what a loss draws at random
+        torch.manual_seed(run.seed + machine.rank)
+    announce(log, model, machine, loader, why)
 
     def validate() -> Score:
+        """The score of the weights in memory, in the number format of the final score."""
         model.eval()
+        model.compute_dtype = score_dtype(machine.device)
         fill_generated(model)
         found = score(model, val_tokens, val_bytes, plan, machine, run.val_batch_size)
+        model.compute_dtype = machine.dtype
         model.train()
         return found
 
     log.phase("warmup")
+    model.compute_dtype = machine.dtype
     trainer = Trainer(model, run, machine, micro_batches)
     step_seconds = trainer.warm_up(loader.rows // machine.world_size, log)
     log.phase("train")
@@ -1173,42 +1293,25 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     log_score(log, f"step:{outcome.steps}/{run.iterations}", before, outcome)
 
     log.phase("export")
-    blob = store(
-        model, folder / "model.bin", machine,
-        lambda: pack_artifact(model, arch, dataset.tokenizer_sha256, plan, outcome.progress, run.quant_bits),
-    )  # fmt: skip
+    settings = (arch, dataset.tokenizer_sha256, plan, outcome.progress, run.quant_bits)
+    blob = store(folder / "model.bin", machine, lambda: pack_artifact(model, *settings))
     log.phase("score")
     began = time.perf_counter()
     reloaded, plan, _ = load_artifact(blob, machine.device)
     after = score(reloaded, val_tokens, val_bytes, plan, machine, run.val_batch_size)
-    score_seconds = time.perf_counter() - began
+    score_seconds = round(time.perf_counter() - began, 3)
     log.phase(None)
 
-    bytes_code, kind = sum(f.stat().st_size for f in code_files()), f"int{run.quant_bits}+zstd"
-    log(f"Serialized model {kind}: {len(blob)} bytes")
-    log(f"Code size: {bytes_code} bytes")
-    log(f"Total submission size {kind}: {bytes_code + len(blob)} bytes")
-    log(f"final_int{run.quant_bits}_zstd_roundtrip val_loss:{after.val_loss:.4f} val_bpb:{after.val_bpb:.4f} eval_time:{1000 * score_seconds:.0f}ms")
-    log(f"final_int{run.quant_bits}_zstd_roundtrip_exact val_loss:{after.val_loss:.8f} val_bpb:{after.val_bpb:.8f}")
-    same_for_all_seeds = {k: v for k, v in (asdict(run) | asdict(model_config)).items() if k not in ("seed", "run_id", "out_dir", "data_path", "tokenizer_path")}
-    result = dict(
-        run_id=run.run_id, arch=arch, seed=run.seed, val_loss=after.val_loss, val_bpb=after.val_bpb, nats_sum=after.nats_sum,
-        val_tokens=after.val_tokens, val_bytes=after.val_bytes, pre_quant_val_loss=before.val_loss, pre_quant_val_bpb=before.val_bpb,
-        steps=outcome.steps, iterations=run.iterations, train_seconds=round(outcome.seconds, 3), cap_seconds=run.max_wallclock_seconds,
-        score_seconds=round(score_seconds, 3), step_avg_ms=round(1000 * outcome.seconds / max(1, outcome.steps), 3),
-        tokens_seen=outcome.steps * run.train_batch_tokens, mean_lr_scale=round(outcome.mean_lr_scale, 4), params=params,
-        bytes_code=bytes_code, bytes_model=len(blob), bytes_total=bytes_code + len(blob), eval_stride=plan.stride, eval_seq_len=plan.seq_len,
-        artifact_sha256=hashlib.sha256(blob).hexdigest(), code_sha256=hashlib.sha256(b"".join(f.read_bytes() for f in code_files())).hexdigest(),
-        config_sha256=digest(same_for_all_seeds), data_sha256=dataset.sha256, tokenizer_sha256=dataset.tokenizer_sha256, dataset=dataset.name,
-        world_size=machine.world_size, device=machine.device.type, hardware=hardware_name(machine), torch=torch.__version__,
-        python=platform.python_version(), interrupted=outcome.interrupted, partial=partial,
-    )  # fmt: skip
+    result = dict(arch=arch, val_loss=after.val_loss, val_bpb=after.val_bpb) | asdict(after)
+    result |= dict(pre_quant_val_loss=before.val_loss, pre_quant_val_bpb=before.val_bpb, partial=partial)
+    result |= dict(score_seconds=score_seconds, eval_seq_len=plan.seq_len, eval_stride=plan.stride)
+    result |= dict(bytes_code=sum(f.stat().st_size for f in code_files()), bytes_model=len(blob))
+    result |= dict(bytes_total=result["bytes_code"] + len(blob), artifact_sha256=hashlib.sha256(blob).hexdigest())
+    result |= make_result(run, model, machine, dataset, outcome)
     result["invalid_reasons"] = verdict(result, model_config.vocab_size)
     result["valid"] = not result["invalid_reasons"]
-    for reason in result["invalid_reasons"]:
-        log(f"invalid: {reason}")
-    log("result:" + json.dumps(result))
-    return 0 if result["valid"] or result["partial"] else 3
+    log_result(log, result, run.quant_bits)
+    return 0 if result["valid"] or partial else 3
 
 
 def serve(artifact: str) -> int:

@@ -1,7 +1,7 @@
 """Building blocks shared by two or more architectures, and the model that they hang in.
 
 Letters in shape comments, for the whole kit:
-    B batch   T time   D model_dim   H num_heads   K key dim per head   V value dim per head, or vocab_size   N state dim
+    B batch   T time   D model_dim   H num_heads   K key dim and V value dim per head (V also vocab_size)   N state dim
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass
 class ModelConfig:
-    """What every architecture has. A subclass adds its own fields; every field is an environment variable in capitals."""
+    """What every architecture has; a subclass adds fields. Each field is an environment variable in capitals."""
 
     env_prefix: ClassVar[str] = ""  # "TI_": every variable that starts so must be a field of this Config
 
@@ -37,7 +37,7 @@ class ModelConfig:
                 raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least 1")
         if self.model_dim % (2 * self.num_heads):
             raise ValueError(
-                f"MODEL_DIM={self.model_dim} must be a multiple of 2 x NUM_HEADS={self.num_heads}: RoPE turns pairs of channels"
+                f"MODEL_DIM={self.model_dim} must be a multiple of 2 x NUM_HEADS={self.num_heads}: RoPE turns pairs"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}")
@@ -96,10 +96,19 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, H, T, K) with position t's pairs turned by t times their frequency."""
         T = x.size(-2)
-        cos, sin = (self.cos[:T], self.sin[:T]) if T <= self.cos.size(0) else self.tables(T, x.device)
+        cos, sin = (self.cos[:T], self.sin[:T]) if self.cos.size(0) >= T else self.tables(T, x.device)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         first, second = x.chunk(2, dim=-1)  # each (B, H, T, K / 2)
         return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q (B, H, T, K) over k, v (B, H or fewer, T, K) up to its own position, in q's dtype."""
+    dtype = q.dtype
+    if q.device.type == "cpu":  # the bf16 backward of PyTorch's CPU kernel takes three times as long as the fp32 one
+        q, k, v = q.float(), k.float(), v.float()
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return y.to(dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -124,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         v = self.value(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
         q, k = self.rotary(rms_norm(q)), self.rotary(rms_norm(k))
         q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.num_kv_heads != self.num_heads)
+        y = causal_attention(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -149,7 +158,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mixer_scale = control(nn.Parameter(torch.ones(config.model_dim)))
         self.mlp_scale = control(nn.Parameter(torch.ones(config.model_dim)))
-        self.resid_mix = control(nn.Parameter(torch.stack((torch.ones(config.model_dim), torch.zeros(config.model_dim)))))
+        self.resid_mix = control(
+            nn.Parameter(torch.stack((torch.ones(config.model_dim), torch.zeros(config.model_dim))))
+        )
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         """x and x0 (B, T, D) to (B, T, D); x0 is the normalised embedding."""
@@ -160,10 +171,10 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tied embedding, a stack of blocks, softcapped head. An architecture overrides the smallest hook that says its idea.
+    """Tied embedding, a stack of blocks, softcapped head. An architecture overrides the smallest hook that says it.
 
-    What the trainer relies on: `forward(input_ids, target_ids)` is the training loss, `nats(...)` the score of each target,
-    parameters carry their own treatment (`control`), and whatever is not a parameter or persistent buffer costs no bytes.
+    What the trainer relies on: `forward(input_ids, target_ids)` is the training loss, `nats(...)` scores each target,
+    parameters carry their own treatment (`control`), and only parameters and persistent buffers cost bytes.
     """
 
     progress_switches: ClassVar[tuple[float, ...]] = ()  # fractions of the run at which on_progress changes the graph
@@ -182,7 +193,9 @@ class LanguageModel(nn.Module):
 
     def make_mixer(self, layer_idx: int) -> nn.Module:
         """A module that maps (B, T, D) to (B, T, D) and looks at no later position."""
-        raise NotImplementedError(f"{type(self).__module__} must define make_mixer, make_block, make_blocks or backbone")
+        raise NotImplementedError(
+            f"{type(self).__module__} must define make_mixer, make_block, make_blocks or backbone"
+        )
 
     def make_block(self, layer_idx: int) -> nn.Module:
         """A module that maps x, x0, both (B, T, D), to (B, T, D)."""
@@ -214,7 +227,9 @@ class LanguageModel(nn.Module):
     def nats(self, input_ids: Tensor, target_ids: Tensor, start: int = 0) -> Tensor:
         """-ln p of the targets from position `start` on, fp32 (B, T - start). Not for overriding: logits is."""
         logits = self.logits(input_ids, start)
-        return F.cross_entropy(logits.flatten(0, 1), target_ids[:, start:].flatten(), reduction="none").view(len(input_ids), -1)
+        return F.cross_entropy(logits.flatten(0, 1), target_ids[:, start:].flatten(), reduction="none").view(
+            len(input_ids), -1
+        )
 
     def training_loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """The scalar to minimise, mean nats by default; never used for scoring."""
@@ -226,12 +241,12 @@ class LanguageModel(nn.Module):
     def materialize(self) -> dict[str, Tensor]:
         """Generated weights by the name of the non-persistent buffer they fill; called once per optimizer step.
 
-        The trainer runs every micro-batch on detached copies and sends their summed gradient through the generator once.
+        Every micro-batch runs on detached copies; their summed gradient goes through the generator once.
         """
         return {}
 
     def on_progress(self, fraction: float) -> None:
-        """Told the fraction of the run (0 to 1) before each step. What changes the graph is listed in progress_switches."""
+        """Told the fraction of the run (0 to 1) before each step. progress_switches lists what changes the graph."""
 
     def observe(self, target_ids: Tensor) -> None:
-        """Test-time training: told targets (1, T) after their scores were given away. Overriding it makes scoring sequential."""
+        """Test-time training: told targets (1, T) once their scores are given away. Makes scoring sequential."""

@@ -1,8 +1,11 @@
 """Turn train_gpt.py and one architecture into ONE self-contained file, whose size is what the competition counts.
 
-    python -m tools.pack gpt -o packed.py                      readable: layers.py, gpt.py and train_gpt.py in reading order
-    python -m tools.pack gpt NUM_LAYERS=11 MATRIX_LR=0.03      settings become defaults: the record runs with a bare environment
-    python -m tools.pack gpt --compress | --unpack packed.py   the same text as a self-extracting script, and back
+    python -m tools.pack gpt -o packed.py                     layers.py, gpt.py and train_gpt.py in reading order
+    python -m tools.pack gpt NUM_LAYERS=11 MATRIX_LR=0.03     settings become defaults: it runs with a bare environment
+    python -m tools.pack gpt --compress                       the same text as a self-extracting script
+    python -m tools.pack --unpack packed.py                   print the text inside
+
+A packed and an unpacked run of the same settings give the same losses and the same artifact, byte for byte.
 """
 
 import argparse
@@ -64,7 +67,11 @@ def kit_parts(arch: str) -> list[Path]:
             raise ValueError(f"{path.relative_to(ROOT)} does not exist")
         for node in kit_imports(path.read_text()):
             module = ROOT / Path(*node.module.split("."))
-            inner = [module / f"{alias.name}.py" for alias in node.names] if module.is_dir() else [module.with_suffix(".py")]
+            inner = (
+                [module / f"{alias.name}.py" for alias in node.names]
+                if module.is_dir()
+                else [module.with_suffix(".py")]
+            )
             for other in inner:
                 visit(other)
         if path not in order:
@@ -81,7 +88,9 @@ def top_level_names(source: str) -> set[str]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined.add(node.name)
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         defined |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
     return defined
 
@@ -119,7 +128,11 @@ def flatten(arch: str, settings: dict[str, str] | None = None) -> str:
     refuse_clashes(parts | {"train_gpt.py": KIT_IMPORT.sub("", script)})
     line = "# " + "-" * 77
     files = "".join(f"{line}\n# {path.relative_to(ROOT)}\n\n{parts[path.name]}\n\n" for path in paths)
-    inlined = INLINED.format(banner=f"{line}\n# This file: ARCH={arch}, settings baked in.\n", arch=arch, settings={"ARCH": arch} | (settings or {}))
+    inlined = INLINED.format(
+        banner=f"{line}\n# This file: ARCH={arch}, settings baked in.\n",
+        arch=arch,
+        settings={"ARCH": arch} | (settings or {}),
+    )
     return KIT_IMPORT.sub(lambda _: files + inlined, script)
 
 
