@@ -865,9 +865,10 @@ def read_tensors(header: dict, frame: memoryview) -> dict[str, Tensor]:
     """The state dict stored in an artifact, quantised rows back in fp32."""
     import zstandard
 
-    if not 0 <= header["raw_bytes"] <= MAX_RAW_BYTES:
-        raise ValueError(f"artifact claims {header['raw_bytes']} bytes of tensors; the limit is {MAX_RAW_BYTES}")
-    data = memoryview(zstandard.ZstdDecompressor().decompress(frame, max_output_size=header["raw_bytes"] or 1))
+    raw_bytes = zstandard.frame_content_size(frame)  # what the decompressor will allocate
+    if raw_bytes != header["raw_bytes"] or raw_bytes > MAX_RAW_BYTES:
+        raise ValueError(f"artifact claims {header['raw_bytes']} bytes of tensors, its frame {raw_bytes}, the limit is {MAX_RAW_BYTES}")
+    data = memoryview(zstandard.ZstdDecompressor().decompress(frame))
     position, state = 0, {}
 
     def take(dtype: torch.dtype, shape: list[int]) -> Tensor:
@@ -902,8 +903,8 @@ def fill_generated(model: LanguageModel) -> None:
 
 def load_artifact(blob: bytes, device: torch.device) -> tuple[LanguageModel, ScorePlan, dict]:
     """(model ready to score, how to score with it, header) from the bytes of model.bin and this script alone."""
-    header, frame = read_header(blob)
     try:
+        header, frame = read_header(blob)
         state = read_tensors(header, frame)
         Model, Config = load_architecture(header["arch"])
         with torch.random.fork_rng(devices=[]):  # building a model draws numbers that a later run must not miss

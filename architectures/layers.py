@@ -17,6 +17,7 @@ class ModelConfig:
     """What every architecture has; a subclass adds fields. Each field is an environment variable in capitals."""
 
     env_prefix: ClassVar[str] = ""  # "TI_": every variable that starts so must be a field of this Config
+    neutral: ClassVar[dict | None] = None  # the settings, if any, with which the model equals gpt bit for bit
 
     vocab_size: int = 1024
     train_seq_len: int = 1024  # tokens of context in training, and in scoring unless EVAL_SEQ_LEN says otherwise
@@ -43,6 +44,13 @@ class ModelConfig:
             raise ValueError(f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}")
         if self.logit_softcap <= 0:
             raise ValueError(f"LOGIT_SOFTCAP={self.logit_softcap} must be above 0")
+
+    def num_params(self) -> int:
+        """The closed form of the model's parameter count; an architecture with other weights says its own."""
+        D, L, H = self.model_dim, self.num_layers, self.num_heads
+        attention = 2 * D * D + 2 * D * self.num_kv_heads * self.head_dim + H  # query, out; key, value; q_gain
+        block = attention + 2 * self.mlp_mult * D * D + 4 * D  # two scales and a pair of mixes per channel
+        return self.vocab_size * D * (1 if self.tie_embeddings else 2) + L * block + (L // 2) * D
 
     @property
     def head_dim(self) -> int:

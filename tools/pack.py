@@ -12,6 +12,7 @@ import argparse
 import ast
 import base64
 import lzma
+import os
 import re
 import sys
 from dataclasses import fields
@@ -118,6 +119,15 @@ def check_settings(arch: str, settings: dict[str, str]) -> None:
     from_env(RunConfig, settings), from_env(Config, settings)
 
 
+def settings_from_env(arch: str) -> dict[str, str]:
+    """The settings of a run that the environment gives, except those that may differ between runs of one script."""
+    from architectures import load_architecture
+    from train_gpt import RunConfig
+
+    known = {f.name.upper() for c in (RunConfig, load_architecture(arch)[1]) for f in fields(c)}
+    return {name: os.environ[name] for name in sorted(known - {"SEED", "RUN_ID", "OUT_DIR"}) if name in os.environ}
+
+
 def flatten(arch: str, settings: dict[str, str] | None = None) -> str:
     """train_gpt.py with the kit files put in place of its marked import lines."""
     paths = kit_parts(arch)
@@ -159,6 +169,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
     parser.add_argument("-o", "--output", type=Path, default=Path("packed.py"))
     parser.add_argument("--compress", action="store_true")
+    parser.add_argument("--from-env", action="store_true", help="bake in the settings in the environment too")
     parser.add_argument("--unpack", type=Path, metavar="SCRIPT")
     args = parser.parse_args()
     try:
@@ -170,6 +181,8 @@ def main() -> int:
         if bad := [s for s in args.settings if "=" not in s]:
             raise ValueError(f"{bad[0]} is not NAME=VALUE")
         settings = dict(setting.split("=", 1) for setting in args.settings)
+        if args.from_env:
+            settings |= settings_from_env(args.arch)
         check_settings(args.arch, settings)
         source = flatten(args.arch, settings)
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,191 @@
+"""Muon, Adam and the groups; generated weights; switches in mid-run."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_architectures import CPU, SHAPE, some_tokens, tiny
+from torch import nn
+
+import train_gpt
+from architectures import load_architecture
+from architectures.layers import ModelConfig, control
+
+Gpt, GptConfig = load_architecture("gpt")
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = tiny("gpt", tie_embeddings=False)
+    groups = train_gpt.parameter_groups(model)
+    assert sum(len(g) for g in groups.values()) == len(list(model.parameters()))
+    assert {p.ndim for p in groups["matrix"]} == {2} and groups["head"] == [model.head.weight]
+    assert any(p is model.skip_weights for p in groups["scalar"])
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (1, 8, 100)])
+def test_orthogonalised_updates_have_singular_values_near_one(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(train_gpt.orthogonalize(x, 10))
+    assert values.min() > 0.5 and values.max() < 1.5
+
+
+def looped_muon_update(p: torch.Tensor, buffer: torch.Tensor, lr: float, momentum: float) -> None:
+    """One matrix at a time, as in the post that introduced Muon."""
+    buffer.mul_(momentum).add_(p.grad)
+    update = p.grad + momentum * buffer
+    x = update / (update.norm() + 1e-7)
+    x = x.T if p.size(0) > p.size(1) else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    x = x.T if p.size(0) > p.size(1) else x
+    p.data.add_(x, alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+
+def test_batched_muon_equals_one_matrix_at_a_time():
+    torch.manual_seed(0)
+    shapes = [(8, 8), (8, 16), (16, 8), (16, 8), (8, 8), (24, 4)]
+    ours = [nn.Parameter(torch.randn(s)) for s in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    stack = nn.Parameter(torch.stack([theirs[0].detach(), theirs[4].detach()]))  # a stack is as many matrices
+    muon, buffers = train_gpt.Muon([*ours, stack], 0.1, 5, CPU), [torch.zeros(s) for s in shapes]
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = q.grad = torch.randn(p.shape)
+        stack.grad = torch.stack([ours[0].grad, ours[4].grad])
+        muon.step()
+        for q, buffer in zip(theirs, buffers, strict=True):
+            looped_muon_update(q, buffer, 0.1, 0.95)
+    for p, q in zip([*ours, *stack], [*theirs, theirs[0], theirs[4]], strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    batch, grads = some_tokens(8, 65), []
+    for count in (1, 4):
+        trainer = train_gpt.Trainer(tiny("gpt"), train_gpt.RunConfig(), CPU, micro_batches=count)
+        trainer.backward(batch)
+        grads.append([p.grad for p in trainer.optimizers.params])
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
+
+
+def test_warm_up_leaves_no_trace():
+    model = tiny("gpt")
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    trainer = train_gpt.Trainer(model, train_gpt.RunConfig(warmup_steps=2), CPU, micro_batches=1)
+    assert trainer.warm_up(4, train_gpt.RunLog(None)) > 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(torch.get_rng_state(), state)
+    assert not trainer.optimizers.muon.buffers and not trainer.optimizers.adam.state
+
+
+class Generated(Gpt):
+    """The MLPs' first matrices come from one small code per layer: weights that exist only between two optimizer steps."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.calls = 0
+        self.code = control(nn.Parameter(torch.randn(config.num_layers, 8)))
+        self.basis = nn.Parameter(torch.randn(8, config.mlp_mult * config.model_dim * config.model_dim) * 0.02)
+        for block in self.blocks:
+            del block.mlp.up.weight
+            block.mlp.up.register_buffer("weight", torch.empty(0), persistent=False)
+
+    def materialize(self) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        shape = (-1, self.config.mlp_mult * self.config.model_dim, self.config.model_dim)
+        weights = (self.code @ self.basis).view(shape)
+        return {f"blocks.{i}.mlp.up.weight": w for i, w in enumerate(weights)}
+
+
+def generated_model() -> Generated:
+    torch.manual_seed(0)
+    return Generated(GptConfig(**SHAPE))
+
+
+def test_generated_weights_are_made_once_a_step_and_their_generator_is_trained():
+    model, batch = generated_model(), some_tokens(8, 65)
+    trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=4)
+    trainer.train_step(batch, 0, 1.0, lambda: [0.0, 0.0])  # the zero-initialised projections hide the MLP at first
+    trainer.backward(batch)
+    assert model.calls == 2
+    ours = model.code.grad.clone(), model.basis.grad.clone()
+    trainer.optimizers.params = [setattr(p, "grad", None) or p for p in trainer.optimizers.params]
+    torch.func.functional_call(model, model.materialize(), (batch[:, :-1], batch[:, 1:])).backward()
+    torch.testing.assert_close(ours, (model.code.grad, model.basis.grad), atol=1e-6, rtol=1e-3)
+    assert ours[0].abs().max() > 0
+
+
+def test_generated_weights_cost_no_bytes_and_are_there_after_loading(monkeypatch):
+    model = generated_model()
+    train_gpt.fill_generated(model)
+    plan = train_gpt.ScorePlan(64, 64)
+    blob = train_gpt.pack_artifact(model, "gpt", None, plan, 1.0, 8)
+    assert not any("mlp.up" in entry[0] for entry in train_gpt.read_header(blob)[0]["tensors"])
+    monkeypatch.setattr(train_gpt, "load_architecture", lambda name: (Generated, GptConfig))
+    loaded, _, _ = train_gpt.load_artifact(blob, CPU.device)
+    x = some_tokens(2, 64)
+    torch.testing.assert_close(loaded.logits(x), model.logits(x), atol=0.05, rtol=0)
+
+
+def test_generated_weights_compile_into_one_graph():
+    model, batch = generated_model(), some_tokens(2, 65)
+    trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
+    weights = model.materialize()
+    args = weights, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    compiled = torch.compile(trainer.loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), trainer.loss(*args), atol=1e-5, rtol=1e-5)
+
+
+class Switched(Gpt):
+    """Runs its last block twice in the second half of the run."""
+
+    progress_switches = (0.5,)
+    twice = False
+
+    def on_progress(self, fraction: float) -> None:
+        self.twice = fraction >= 0.5
+
+    def backbone(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().backbone(x)
+        return self.blocks[-1](y, x) if self.twice else y
+
+
+def test_a_switch_in_mid_run_fires_under_compile_without_a_graph_break():
+    torch.manual_seed(0)
+    model, batch = Switched(GptConfig(**SHAPE)), some_tokens(2, 65)
+    trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
+    trainer.train_step(batch, 0, 1.0, lambda: [0.0, 0.0])
+    compiled = torch.compile(trainer.loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    losses = []
+    for fraction in (0.0, 0.6, 0.1):
+        model.on_progress(fraction)
+        losses.append(compiled({}, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).item())
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_the_artifact_remembers_how_far_the_run_was(monkeypatch):
+    model = Switched(GptConfig(**SHAPE))
+    monkeypatch.setattr(train_gpt, "load_architecture", lambda name: (Switched, GptConfig))
+    for progress in (0.2, 0.9):
+        blob = train_gpt.pack_artifact(model, "gpt", None, train_gpt.ScorePlan(64, 64), progress, 8)
+        assert train_gpt.load_artifact(blob, CPU.device)[0].twice is (progress > 0.5)
+
+
+def test_warm_up_runs_every_switch_position():
+    class Seen(Switched):
+        def on_progress(self, fraction):
+            self.__dict__.setdefault("seen", []).append(fraction)
+
+    torch.manual_seed(0)
+    trainer = train_gpt.Trainer(Seen(GptConfig(**SHAPE)), train_gpt.RunConfig(warmup_steps=1), CPU, micro_batches=1)
+    trainer.warm_up(2, train_gpt.RunLog(None))
+    assert trainer.model.seen == [0.0, 0.5, 0.0]
+
+
+def test_gradients_are_clipped_to_the_norm():
+    model = tiny("gpt")
+    trainer = train_gpt.Trainer(model, dataclasses.replace(train_gpt.RunConfig(), grad_clip_norm=1e-9), CPU, 1)
+    before = model.embed.weight.detach().clone()
+    trainer.optimizers.adam.param_groups[0]["eps"] = 1.0  # Adam undoes the scale of a gradient that dwarfs eps
+    trainer.train_step(some_tokens(4, 65), 0, 1.0, lambda: [0.0, 0.0])
+    assert (model.embed.weight - before).abs().max() < 1e-8

@@ -1,0 +1,294 @@
+"""The script, run as a user runs it: clock, log, ranks, signals, and what happens when something goes wrong."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, environment, result_of, run_script, sys, write_bytes_data, write_shard
+
+import train_gpt
+
+CPU = train_gpt.Machine(torch.device("cpu"))
+
+
+def refusal(monkeypatch, capsys, **settings) -> str:
+    """The one sentence with which the script refuses these settings."""
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    assert train_gpt.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    return printed.err.removeprefix("error: ").strip()
+
+
+def test_a_run_learns_and_its_result_line_parses(finished):
+    result, folder, lines = finished
+    losses = [float(line.split("train_loss:")[1].split()[0]) for line in lines if "train_loss:" in line]
+    assert losses[-1] < losses[0] - 1
+    assert (folder / "model.bin").stat().st_size == result["bytes_model"]
+    assert result["valid"] and result["steps"] == 30 and result["val_bpb"] < 8
+
+
+def test_log_starts_with_the_settings_and_keeps_upstreams_grammar(finished):
+    _, _, lines = finished
+    config = json.loads(lines[0].removeprefix("config:")) if lines[0].startswith("config:") else None
+    assert config["num_layers"] == 2 and config["arch"] == "gpt"
+    step = r"step:\d+/30 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms"
+    assert sum(bool(re.match(step, line)) for line in lines) == 30
+    assert sum(bool(re.match(r"step:30/30 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", line)) for line in lines) == 1
+    assert any(re.match(r"final_int8_zstd_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}$", line) for line in lines)
+
+
+def test_phases_follow_each_other_without_gap_or_overlap(finished):
+    _, _, lines = finished
+    phases = [re.match(r"phase:(\w+) begin_seconds:(\S+) end_seconds:(\S+)", line) for line in lines if line.startswith("phase:")]
+    assert [m[1] for m in phases] == ["setup", "warmup", "train", "validate", "export", "score"]
+    assert all(a[3] == b[2] for a, b in zip(phases, phases[1:], strict=False))
+
+
+def test_score_identity_holds(finished):
+    result, _, _ = finished
+    assert math.isclose(result["val_bpb"] * math.log(2) * result["val_bytes"], result["nats_sum"], rel_tol=1e-12)
+    assert math.isclose(result["val_loss"] * result["val_tokens"], result["nats_sum"], rel_tol=1e-12)
+
+
+def test_eight_bits_cost_less_than_a_hundredth_of_a_bit_per_byte(finished):
+    result, _, _ = finished
+    assert abs(result["val_bpb"] - result["pre_quant_val_bpb"]) < 0.01
+
+
+def test_two_processes_train_like_one(data, tmp_path):
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, ITERATIONS=6, BF16=0)
+    one = run_script(settings | dict(RUN_ID="one"))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
+    two = subprocess.run([sys.executable, *command], env=environment(settings | dict(RUN_ID="two")), cwd=ROOT, capture_output=True, text=True)
+    results = result_of(one), result_of(two)
+    assert [r["world_size"] for r in results] == [1, 2]
+    curves = [[float(x) for x in re.findall(r"train_loss:(\S+)", done.stdout)] for done in (one, two)]
+    np.testing.assert_allclose(curves[0], curves[1], atol=2e-3)
+    assert abs(results[0]["val_bpb"] - results[1]["val_bpb"]) < 2e-3
+
+
+def test_same_seed_gives_the_same_artifact_and_another_seed_does_not(data, tmp_path):
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, ITERATIONS=3)
+    digests = [result_of(run_script(settings | dict(RUN_ID=i, SEED=seed)))["artifact_sha256"] for i, seed in enumerate((1, 1, 2))]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_training_ends_before_the_cap_and_close_to_it(data, tmp_path):
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="cap", ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=3, TRAIN_LOG_EVERY=1000)
+    done = run_script(settings)
+    result = result_of(done)
+    begin, end = re.search(r"phase:train begin_seconds:(\S+) end_seconds:(\S+)", done.stdout).groups()
+    assert 2 < float(end) - float(begin) <= 3 and result["train_seconds"] <= 3
+    assert "stopping_early: wallclock_cap" in done.stdout and result["mean_lr_scale"] > 0.3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_training_and_keeps_what_there_is(data, tmp_path, number):
+    running = start_endless_run(data, tmp_path)
+    running.send_signal(number)
+    rest, _ = running.communicate(timeout=60)
+    result = json.loads(rest.splitlines()[-1].removeprefix("result:"))
+    assert running.returncode == 0 and result["interrupted"] and (tmp_path / "endless/model.bin").exists()
+    assert "stopping_early: interrupted" in rest
+
+
+def test_a_second_signal_leaves_at_once(data, tmp_path):
+    running = start_endless_run(data, tmp_path, TRAIN_BATCH_TOKENS=131_072)
+    running.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=10)
+    assert running.returncode != 0 and not (tmp_path / "endless/model.bin").exists()
+
+
+def start_endless_run(data, tmp_path, **settings) -> subprocess.Popen:
+    """A run that trains until it is stopped, past its first step."""
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="endless", ITERATIONS=10**9, MAX_WALLCLOCK_SECONDS=0) | settings
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    running = subprocess.Popen(command, env=environment(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in running.stdout:
+        if line.startswith("step:1/" if settings["TRAIN_BATCH_TOKENS"] < 1000 else "phase:warmup"):
+            return running
+    raise AssertionError("the run ended before its first step")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_a_hint(data, tmp_path):
+    done = run_script(TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="nan", TIED_EMBED_LR="inf"))
+    assert done.returncode == 2 and re.search(r"step:2 train_loss is nan.*MATRIX_LR=0.04", done.stderr)
+    assert "step:1/8 train_loss:" in (tmp_path / "nan/train.log").read_text()
+
+
+def test_an_artifact_over_the_cap_makes_the_run_invalid(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt, "BYTE_CAP", 1000)
+    for name, value in (TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, ITERATIONS=2)).items():
+        monkeypatch.setenv(name, str(value))
+    assert train_gpt.main([]) == 3
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("result:"))
+    assert not result["valid"] and "size:" in result["invalid_reasons"][0]
+
+
+def test_a_partial_score_is_marked(data, tmp_path):
+    result = result_of(run_script(TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, VAL_MAX_TOKENS=500)))
+    assert result["partial"] and not result["valid"] and result["val_tokens"] == result["val_bytes"] == 500
+
+
+def test_a_run_never_writes_over_anothers_log(finished, data, monkeypatch, capsys):
+    _, folder, lines = finished
+    said = refusal(monkeypatch, capsys, **TINY | dict(DATA_PATH=data, OUT_DIR=folder.parent, RUN_ID="a"))
+    assert said.startswith("RUN_ID=a has a log") and (folder / "train.log").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (dict(NUM_LAYRES=3), "NUM_LAYRES is not a setting. Did you mean NUM_LAYERS?"),
+        (dict(num_layers=3), "num_layers is not a setting. Did you mean NUM_LAYERS?"),
+        (dict(NUM_LAYERS="many"), "NUM_LAYERS='many' must be a whole number"),
+        (dict(NUM_LAYERS=0), "NUM_LAYERS=0 must be at least 1"),
+        (dict(TIE_EMBEDDINGS="perhaps"), "TIE_EMBEDDINGS='perhaps' must be 0 or 1"),
+        (dict(MODEL_DIM=100), "MODEL_DIM=100 must be a multiple of 2 x NUM_HEADS=8"),
+        (dict(NUM_HEADS=8, NUM_KV_HEADS=3), "NUM_HEADS=8 must be a multiple of NUM_KV_HEADS=3"),
+        (dict(QUANT_BITS=9), "QUANT_BITS=9 must be 4, 5, 6, 7 or 8"),
+        (dict(SCHEDULE="moon"), "SCHEDULE=moon must be time or steps"),
+        (dict(ARCH="gtp"), "ARCH=gtp is not a file in architectures/. Did you mean ARCH=gpt?"),
+        (dict(DATA_PATH="/nowhere"), "DATA_PATH=/nowhere is not a folder; make it with `python data/prepare.py`"),
+    ],
+)
+def test_a_wrong_setting_is_answered_with_one_sentence(monkeypatch, capsys, settings, sentence):
+    assert refusal(monkeypatch, capsys, **settings).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (dict(VOCAB_SIZE=100), "VOCAB_SIZE=100 is too small: the tokenizer of topics_bytes has 260"),
+        (dict(TRAIN_BATCH_TOKENS=100), "TRAIN_BATCH_TOKENS=100 must be a multiple of TRAIN_SEQ_LEN=32 x 1 ranks = 32"),
+        (dict(EVAL_STRIDE=64), "EVAL_STRIDE=64 must be between 1 and EVAL_SEQ_LEN=32"),
+        (dict(DEVICE="tpu"), "DEVICE=tpu is not here. Available:"),
+        (dict(TRAIN_SEQ_LEN=400_000, TRAIN_BATCH_TOKENS=400_000), "no training shard is longer than two windows"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_data_is_answered_with_one_sentence(data, monkeypatch, capsys, settings, sentence):
+    assert refusal(monkeypatch, capsys, **TINY | dict(DATA_PATH=data) | settings).startswith(sentence)
+
+
+def test_damaged_data_is_named(text, tmp_path, monkeypatch, capsys):
+    folder = write_bytes_data(tmp_path / "d", text[:5000], text[5000:6000])
+    train, val = folder / "fineweb_train_000000.bin", folder / "fineweb_val_000000.bin"
+    settings = TINY | dict(DATA_PATH=folder)
+    kept = {path: path.read_bytes() for path in (train, val, folder / "tokenizer.json")}
+
+    def refused(path, content: bytes | None) -> str:
+        path.unlink() if content is None else path.write_bytes(content)
+        said = refusal(monkeypatch, capsys, **settings)
+        path.write_bytes(kept[path])
+        return said
+
+    assert "has no fineweb_train_*.bin" in refused(train, None)
+    assert "its header promises 11026" in refused(train, kept[train][:-2])
+    assert "is not a token shard" in refused(train, b"\0" * 2000)
+    assert "is not the file that manifest.json describes" in refused(val, kept[val][:-1] + b"\1")
+    assert "is not the tokenizer that made" in refused(folder / "tokenizer.json", kept[folder / "tokenizer.json"] + b" ")
+
+
+def test_a_tokenizer_that_does_not_fit_is_caught_by_the_byte_ledger(text, tmp_path, monkeypatch, capsys):
+    folder = write_bytes_data(tmp_path / "d", text[:5000], text[5000:6000])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["val"]["bytes"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "spell 1000 bytes, manifest.json says 1001" in refusal(monkeypatch, capsys, **TINY | dict(DATA_PATH=folder))
+
+
+def test_upstream_shards_without_a_manifest_need_a_tokenizer(text, tmp_path, monkeypatch, capsys):
+    folder = write_bytes_data(tmp_path / "d", text[:5000], text[5000:6000])
+    (folder / "manifest.json").unlink()
+    settings = TINY | dict(DATA_PATH=folder, OUT_DIR=tmp_path, ITERATIONS=1)
+    assert "TOKENIZER_PATH must name the tokenizer" in refusal(monkeypatch, capsys, **settings)
+    result = result_of(run_script(settings | dict(TOKENIZER_PATH=folder / "tokenizer.json")))
+    assert result["val_bytes"] == 1000 and result["data_sha256"] is None
+
+
+def loader_of(data, seed: int = 1, rank: int = 0, world: int = 1) -> train_gpt.TokenLoader:
+    run, config = train_gpt.RunConfig(seed=seed, train_batch_tokens=256), train_gpt.ModelConfig(vocab_size=260, train_seq_len=32)
+    machine = dataclasses.replace(CPU, rank=rank, world_size=world)
+    return train_gpt.TokenLoader([str(data / "fineweb_train_000000.bin")], run, config, machine)
+
+
+def test_batches_depend_on_seed_and_step_and_not_on_the_number_of_ranks(data):
+    whole = loader_of(data).batch(7)
+    for world in (2, 4, 8):
+        assert torch.equal(whole, torch.cat([loader_of(data, rank=r, world=world).batch(7) for r in range(world)]))
+    assert not torch.equal(whole, loader_of(data, seed=2).batch(7)) and not torch.equal(whole, loader_of(data).batch(8))
+
+
+def test_an_epoch_shows_every_window_once(tmp_path):
+    paths = [str(write_shard(tmp_path / f"{i}.bin", np.arange(330) + 400 * i)) for i in range(3)]
+    run, config = train_gpt.RunConfig(train_batch_tokens=32), train_gpt.ModelConfig(vocab_size=2000, train_seq_len=32)
+    loader = train_gpt.TokenLoader(paths, run, config, CPU)
+    assert loader.num_windows == 27
+    shown = {tuple(loader.window(i)) for i in range(27)}
+    assert len(shown) == 27 and shown != {tuple(loader.window(i)) for i in range(27, 54)}
+
+
+def test_loader_thread_hands_over_the_same_batches_and_its_errors(data, tmp_path):
+    loader, batches = loader_of(data), iter(loader_of(data))
+    assert all(torch.equal(next(batches), loader.batch(step).long()) for step in range(5))
+    batches.close()
+    path = str(write_shard(tmp_path / "x.bin", np.full(330, 999)))
+    run, config = train_gpt.RunConfig(train_batch_tokens=32), train_gpt.ModelConfig(vocab_size=260, train_seq_len=32)
+    with pytest.raises(ValueError, match="holds token 999, which VOCAB_SIZE=260 does not reach"):
+        next(iter(train_gpt.TokenLoader([path], run, config, CPU)))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 60.0, 600.0])
+@pytest.mark.parametrize("iterations", [1, 10, 200, 20_000])
+def test_no_run_trains_at_a_starved_rate(seconds, iterations):
+    run = train_gpt.RunConfig(iterations=iterations, max_wallclock_seconds=seconds)
+    schedule = train_gpt.Schedule(run, 0.37, lag=0)
+    elapsed = 0.0
+    for step in range(min(iterations, 2000)):
+        schedule.lr_scale(step)
+        elapsed += 0.37
+        schedule.completed(step + 1, elapsed, 0.37)
+        if elapsed + 0.37 > run.cap_seconds:
+            break
+    assert np.mean(schedule.scales) >= 0.3
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_stopping_leaves_little_time_and_never_oversteps(lag):
+    rng, unused = np.random.default_rng(0), []
+    for _ in range(300):
+        run = train_gpt.RunConfig(max_wallclock_seconds=float(rng.uniform(5, 60)))
+        schedule, elapsed, steps = train_gpt.Schedule(run, 0.5, lag), 0.0, 0
+        while True:
+            began = elapsed
+            seconds = 0.5 * float(rng.uniform(0.9, 1.1))
+            elapsed += seconds
+            steps += 1
+            schedule.completed(steps, elapsed, seconds)
+            if schedule.must_stop(began, elapsed - 0.01):
+                break
+        assert elapsed <= run.cap_seconds
+        unused.append((run.cap_seconds - elapsed) / 0.5)
+    assert np.mean(unused) < 1.5 + lag
+
+
+def test_help_and_unknown_arguments_are_answered(capsys):
+    assert train_gpt.main(["--help"]) == 0 and "score model.bin" in capsys.readouterr().out
+    assert train_gpt.main(["--layers", "3"]) == 2 and "settings are environment variables" in capsys.readouterr().err
+
+
+def test_importing_the_script_starts_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "import train_gpt"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, b"", b"", [])

@@ -1,0 +1,134 @@
+"""A record under examination and the judge's own data, for tools.verify: what is there, and of which type."""
+
+import hashlib
+import json
+import math
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data.shards import read_shard
+from tools.logs import Log, read_log
+from tools.untrusted import load_json, read_text
+
+# The fields that rules rely on. A number may be whole or not; a whole number may not have a fraction.
+SUBMISSION = {
+    **dict.fromkeys(("author", "github_id", "name", "blurb", "date", "track", "arch", "dataset", "hardware"), str),
+    **dict.fromkeys(("val_loss", "val_bpb", "cap_seconds"), float),
+    **dict.fromkeys(("bytes_code", "bytes_model_max", "bytes_total", "val_bytes", "val_tokens", "params"), int),
+    **{"torch": str, "seeds": list, "seed_results": dict, "verdict": dict},
+}
+SEED_RESULT = {
+    **dict.fromkeys(("val_loss", "val_bpb"), float), "steps": int,
+    **dict.fromkeys(("train_seconds", "score_seconds"), float),
+    **dict.fromkeys(("bytes_model", "bytes_total"), int), "artifact_sha256": str,
+}
+RESULT = {
+    **SEED_RESULT,
+    **dict.fromkeys(("seed", "bytes_code", "val_tokens", "val_bytes", "params", "world_size"), int),
+    **dict.fromkeys(("eval_seq_len", "eval_stride"), int), **dict.fromkeys(("nats_sum", "cap_seconds"), float),
+    **dict.fromkeys(("valid", "partial", "interrupted"), bool),
+    **dict.fromkeys(("arch", "code_sha256", "config_sha256", "data_sha256", "tokenizer_sha256"), str),
+    **dict.fromkeys(("dataset", "device", "hardware", "torch", "python"), str),
+}
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
+         dict: "an object"}
+
+
+def mistyped(value: object, fields: dict[str, type]) -> list[str]:
+    """Returns what is wrong with the fields of a value from JSON."""
+    if not isinstance(value, dict):
+        return ["it is not an object"]
+    problems = []
+    for key, kind in fields.items():
+        found = value.get(key)
+        if key not in value:
+            problems.append(f"{key} is missing")
+        elif type(found) is not kind and not (kind is float and type(found) is int):
+            problems.append(f"{key} must be {WORDS[kind]}")
+        elif kind in (int, float) and not (-2**63 < found < 2**63 and math.isfinite(found)):
+            problems.append(f"{key} is out of range")
+    return problems
+
+
+def config_of(path: Path) -> dict:
+    """Returns the settings in the first line of a log of the kit, {} if it is not config:{json}."""
+    first = next(iter(read_text(path, []).splitlines()), "")
+    value = load_json(first.removeprefix("config:"))[0] if first.startswith("config:") else None
+    return value if isinstance(value, dict) else {}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass
+class Data:
+    """The judge's validation text, from a data folder of its own and never from a submission."""
+
+    name: str
+    manifest_sha256: str
+    tokenizer_sha256: str
+    tokens: np.ndarray  # uint16
+    val_bytes: int
+
+
+def read_data(folder: Path) -> Data:
+    """Returns the validation text of a data folder; ValueError if it is not whole."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no manifest.json; --data takes a folder that data/prepare.py made")
+    manifest = json.loads(path.read_text())
+    validation = manifest["splits"]["val"]
+    for shard in validation["shards"]:
+        if sha256(folder / shard["file"]) != shard["sha256"]:
+            raise ValueError(f"{folder / shard['file']} is not the file that manifest.json describes; prepare it again")
+    tokens = np.concatenate([read_shard(folder / shard["file"]) for shard in validation["shards"]])
+    return Data(folder.resolve().name, sha256(path), manifest["tokenizer"]["sha256"], tokens, validation["bytes"])
+
+
+@dataclass
+class Case:
+    """One record under examination. Nothing in it is trusted to be there or of its type."""
+
+    folder: Path
+    data: Data | None = None
+    seconds: float = 1800.0  # for scoring one stream
+    probe_seed: int = field(default_factory=lambda: secrets.randbits(32))  # secret: known cuts can be avoided
+    say: Callable[[str], None] = lambda line: None
+    measurement: object = None  # of tools.probes
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "train_gpt.py"
+
+    @cached_property
+    def submission(self) -> dict:
+        value, _ = load_json(read_text(self.folder / "submission.json", []))
+        return value if isinstance(value, dict) else {}
+
+    @cached_property
+    def logs(self) -> list[Log]:
+        return [read_log(path) for path in sorted(self.folder.glob("logs/*.log")) if is_plain(path)]
+
+    @cached_property
+    def results(self) -> dict[str, dict]:
+        """The result line of every log, by the log's file name."""
+        return {log.path.name: log.result or {} for log in self.logs}
+
+    @cached_property
+    def models(self) -> dict[int, Path]:
+        """The artifacts in the folder, by seed."""
+        named = [(re.fullmatch(r"model_seed(\d{1,18})", path.stem), path) for path in self.folder.glob("*.bin")]
+        return {int(match[1]): path for match, path in sorted(named, key=str) if match and is_plain(path)}
+
+
+def is_plain(path: Path) -> bool:
+    """Whether it is a file, not a link, pipe or device that opening would follow or wait for."""
+    return path.is_file() and not path.is_symlink()

@@ -1,0 +1,249 @@
+"""The training step as one first writes it, and the kit's step measured against it inside one process.
+
+PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz per matrix, torch.optim.Adam. It shares
+the model with train_gpt.py and nothing of the step, so the step is also tested against it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from architectures import load_architecture, names
+from architectures.layers import LanguageModel, ModelConfig, is_control
+from train_gpt import Machine, RunConfig, Trainer, compile_pays, from_env, make_machine, micro_batch_count
+
+COMPILED_GRAPHS = 256  # of one function by all models here; beyond its own limit torch runs eagerly without a word
+FP32_TOLERANCE, BF16_TOLERANCE = 1e-3, 5e-3  # of a loss, relative
+LAP_SECONDS = 0.5
+
+
+def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
+    """The matrix (R, C) with singular values near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
+    x = matrix / (matrix.norm() + 1e-7)
+    x = x.T if matrix.size(0) > matrix.size(1) else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.size(0) > matrix.size(1) else x
+
+
+class PlainStep:
+    """One optimizer step of the model on a batch (rows, T + 1), at the run's base rates; returns the mean loss."""
+
+    def __init__(self, model: LanguageModel, run: RunConfig, micro_batches: int = 1):
+        self.model, self.run, self.micro_batches = model, run, micro_batches
+        embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+        head = [] if model.head is None else [model.head.weight]
+        rest = [p for p in model.parameters() if all(p is not q for q in embed + head)]
+        self.matrices = [p for p in rest if not is_control(p)]
+        controls = [p for p in rest if is_control(p)]
+        rates = (embed, run.embed_lr if head else run.tied_embed_lr), (head, run.head_lr), (controls, run.scalar_lr)
+        groups = [dict(params=params, lr=lr) for params, lr in rates if params]
+        self.adam = torch.optim.Adam(groups, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
+        self.buffers = {p: torch.zeros_like(p) for p in self.matrices}
+
+    def loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """Mean nats, written out; an architecture with generated weights or a loss of its own is asked for that."""
+        if (generated := self.model.materialize()) or type(self.model).training_loss is not LanguageModel.training_loss:
+            return torch.func.functional_call(self.model, generated, (input_ids, target_ids))
+        logits = self.model.logits(input_ids)
+        return F.cross_entropy(logits.float().reshape(-1, logits.size(-1)), target_ids.reshape(-1))
+
+    def __call__(self, batch: Tensor, step: int) -> Tensor:
+        total = torch.zeros((), device=batch.device)
+        for part in batch.chunk(self.micro_batches):
+            loss = self.loss(part[:, :-1], part[:, 1:]) / self.micro_batches
+            loss.backward()
+            total += loss.detach()
+        self.muon_step(step)
+        self.adam.step()
+        self.model.zero_grad()
+        return total
+
+    @torch.no_grad()
+    def muon_step(self, step: int) -> None:
+        run = self.run
+        warm = min(1.0, step / max(1, run.muon_momentum_warmup_steps))
+        momentum = run.muon_momentum_warmup_start + warm * (run.muon_momentum - run.muon_momentum_warmup_start)
+        for p in self.matrices:
+            if p.grad is None:
+                continue
+            self.buffers[p].mul_(momentum).add_(p.grad)
+            moved = p.grad + momentum * self.buffers[p]
+            for weight, update in zip(p.reshape(-1, *p.shape[-2:]), moved.reshape(-1, *p.shape[-2:]), strict=True):
+                scale = max(1.0, weight.size(0) / weight.size(1)) ** 0.5
+                weight.sub_(run.matrix_lr * scale * newton_schulz(update, run.muon_backend_steps))
+
+
+def interleave(laps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every lap, taken A B C A B C ...: a slow spell of the machine meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in laps}
+    for _ in range(rounds):
+        for name, lap in laps.items():
+            seconds[name].append(lap())
+    return seconds
+
+
+def compare(seconds: dict[str, list[float]], base: str) -> list[dict]:
+    """A table row for each. Its speed is the median over the rounds of the base's time over its own."""
+    rows = []
+    for name, laps in seconds.items():
+        speed = median(a / b for a, b in zip(seconds[base], laps, strict=True))
+        rows.append(dict(what=name, n=len(laps), min_ms=1000 * min(laps), median_ms=1000 * median(laps), speed=speed))
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows, as columns under their keys; words to the left, numbers to the right."""
+
+    def cell(value) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+    columns = []
+    for key in dict.fromkeys(key for row in rows for key in row):
+        texts = [key, *(cell(row.get(key)) for row in rows)]
+        side = "<" if any(isinstance(row.get(key), str) for row in rows) else ">"
+        columns.append([f"{text:{side}{max(map(len, texts))}}" for text in texts])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def random_batches(run: RunConfig, config: ModelConfig, device: torch.device, count: int = 8) -> list[Tensor]:
+    """Batches of uniform random tokens, each (rows, T + 1), from the run's seed."""
+    shape = run.train_batch_tokens // config.train_seq_len, config.train_seq_len + 1
+    generator = torch.Generator().manual_seed(run.seed)
+    return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
+
+
+class Stepper:
+    """A step with its own model, timed; the step maps (batch, number of the step) to the loss."""
+
+    def __init__(self, step: Callable[[Tensor, int], Tensor], model: LanguageModel, batches: list[Tensor]):
+        self.step, self.model, self.batches, self.done = step, model, batches, 0
+
+    def take(self, steps: int) -> float:
+        """The loss of the last of these steps; the device may queue them, and is waited for at the end."""
+        for _ in range(steps):
+            loss = self.step(self.batches[self.done % len(self.batches)], self.done)
+            self.done += 1
+        return loss.item()
+
+    def lap(self, steps: int) -> float:
+        """Seconds per step over a number of steps."""
+        start = time.perf_counter()
+        self.take(steps)
+        return (time.perf_counter() - start) / steps
+
+
+def build(Model, config: ModelConfig, run: RunConfig, device: torch.device) -> LanguageModel:
+    """A model with the run's initial weights, shaken: zero-initialised projections would hide what lies behind them."""
+    torch.manual_seed(run.seed)
+    model = Model(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model.to(device)
+
+
+def kit_stepper(model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list) -> Stepper:
+    """train_gpt.py's own step, at the base rates."""
+    model.compute_dtype = machine.dtype
+    trainer = Trainer(model, run, machine, micro_batches)
+    return Stepper(lambda batch, step: trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0])[0], model, batches)
+
+
+def chosen_machine(run: RunConfig) -> Machine:
+    """The machine as train_gpt.py would set it up for this run."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = COMPILED_GRAPHS
+    machine = make_machine(run)
+    machine.compile = compile_pays(run, machine.device)[0] if run.compile is None else run.compile
+    return machine
+
+
+def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, tuple[Machine, int]]:
+    """(machine, micro-batches) by name: each choice alone, then together. BF16=0 and COMPILE=0 leave theirs out."""
+    found = {}
+    for compiled in (False,) if run.compile is False else (False, True):
+        for dtype in (torch.float32,) if run.bf16 is False else (torch.float32, torch.bfloat16):
+            words = ["batched Muon"] + ["bf16"] * (dtype == torch.bfloat16) + ["compile"] * compiled
+            mark = " (kit)" if (dtype, compiled) == (chosen.dtype, chosen.compile) else ""
+            found[" + ".join(words) + mark] = replace(chosen, dtype=dtype, compile=compiled), count
+    for more in (2, 4):
+        if rows % (count * more) == 0:
+            found[f"kit in {count * more} micro-batches"] = chosen, count * more
+    return found
+
+
+def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) -> dict:
+    """Tokens per second of the kit's step, and of each of its choices alone, against PlainStep on the same batches."""
+    Model, _ = load_architecture(arch)
+    chosen = chosen_machine(run)
+    count, batches = micro_batch_count(run, config, chosen), random_batches(run, config, chosen.device)
+    model = build(Model, config, run, chosen.device)
+    steppers, tolerances = {"plain": Stepper(PlainStep(model, run, count), model, batches)}, {"plain": 0.0}
+    for name, (machine, parts) in variants(run, chosen, count, len(batches[0])).items():
+        steppers[name] = kit_stepper(build(Model, config, run, chosen.device), run, machine, parts, batches)
+        tolerances[name] = FP32_TOLERANCE if machine.dtype == torch.float32 else BF16_TOLERANCE
+    first_seconds, losses = {}, {}
+    for name, stepper in steppers.items():
+        torch.manual_seed(run.seed)
+        start = time.perf_counter()
+        losses[name] = [stepper.take(1)]
+        first_seconds[name] = time.perf_counter() - start
+        losses[name].append(stepper.take(1))  # the loss after a step: the optimizers are to agree as well
+        for mine, plain in zip(losses[name], losses["plain"], strict=True):
+            if not math.isclose(mine, plain, rel_tol=tolerances[name]):
+                raise ValueError(f"{name} is another step: losses {losses[name]}, the plain one's {losses['plain']}")
+    steps = max(1, round(LAP_SECONDS / steppers["plain"].lap(2)))
+    seconds = interleave({name: lambda s=s: s.lap(steps) for name, s in steppers.items()}, rounds)
+    rows = []
+    for row in compare(seconds, "plain"):
+        name, speed = row["what"], 1000 * run.train_batch_tokens / row["median_ms"]
+        rows.append(row | dict(tokens_per_second=speed, first_seconds=first_seconds[name], first_loss=losses[name][0]))
+    notes = [
+        f"n rounds of {steps} step(s); first_seconds: the first call, compilation included; (kit): its choice",
+        f"before and after a step the losses are the plain one's within {FP32_TOLERANCE}, bf16 within {BF16_TOLERANCE}",
+    ]
+    settings = dict(arch=arch, train_batch_tokens=run.train_batch_tokens, steps_per_lap=steps, **asdict(config))
+    return dict(settings=settings, raw_seconds_per_step=seconds, losses=losses, rows=rows, notes=notes, ok=True)
+
+
+def measure_archs(env: dict[str, str], rounds: int) -> dict:
+    """Parameters, step time and memory of every architecture, each in turns with gpt."""
+    run = from_env(RunConfig, env)
+    machine = chosen_machine(run)
+    on_cuda = machine.device.type == "cuda"
+
+    def stepper(arch: str) -> Stepper:
+        Model, Config = load_architecture(arch)
+        config = from_env(Config, env)
+        model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
+        found = kit_stepper(model, run, machine, micro_batch_count(run, config, machine), batches)
+        found.take(2)
+        return found
+
+    gpt, rows, raw = stepper("gpt"), [], {}
+    steps = max(1, round(LAP_SECONDS / gpt.lap(2)))
+    for arch in names():
+        before = torch.cuda.memory_allocated() if on_cuda else 0
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            mine = stepper(arch)
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_cuda else None
+            raw[arch] = interleave({"gpt": lambda: gpt.lap(steps), "it": lambda s=mine: s.lap(steps)}, rounds)
+        except Exception as error:  # one broken architecture must not cost the others their numbers
+            rows.append(dict(what=arch, error=f"{type(error).__name__}: {error}".splitlines()[0]))
+            continue
+        params = sum(p.numel() for p in mine.model.parameters())
+        rows.append(compare(raw[arch], "gpt")[1] | dict(what=arch, params=params, peak_mib=peak))
+    notes = [f"n rounds of {steps} step(s), each in turns with gpt; gpt in turns with itself shows the noise"]
+    settings = dict(train_batch_tokens=run.train_batch_tokens, steps_per_lap=steps, **asdict(gpt.model.config))
+    return dict(settings=settings, raw_seconds_per_step=raw, rows=rows, notes=notes, ok=all("n" in row for row in rows))

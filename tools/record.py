@@ -1,0 +1,253 @@
+"""Files runs as a record: one folder with README.md, submission.json, the packed script, logs and the artifact.
+
+    python -m tools.record runs/gpt_1337 runs/gpt_42 runs/gpt_7 --script packed.py --name gpt_baseline \\
+        --author "Ada Lovelace" --github-id ada --blurb "The baseline at 12 layers."      one run folder per seed
+    python -m tools.record RUN ... --track 10min_16mb --out records --date 2026-11-22     another track, place, day
+
+Every run must be one of the packed script: `python -m tools.pack gpt -o packed.py`, then `SEED=42 python packed.py`.
+All numbers are taken from the logs. A folder that would not pass the rules of tools.verify is not written.
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, date, datetime
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from tools.case import RESULT, SEED_RESULT, config_of, mistyped, sha256
+from tools.checks import SAME_FOR_ALL, TRACKS
+from tools.logs import read_log
+from tools.pack import unpack
+from tools.untrusted import text
+from tools.verify import verify
+
+SEEDS_NEEDED = {"10min_16mb": 3, "non_record_16mb": 1}
+NOT_SETTINGS = ("arch", "seed", "run_id", "out_dir", "data_path", "tokenizer_path")
+
+
+class Run(NamedTuple):
+    """One finished run."""
+
+    folder: Path
+    config: dict
+    result: dict
+
+
+def read_run(folder: Path, allow_interrupted: bool) -> Run:
+    """Returns a finished run; ValueError says why it cannot be part of a record."""
+    for file in ("train.log", "model.bin"):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} has no {file}; name the folder of a finished run")
+    log = read_log(folder / "train.log")
+    if log.result is None:
+        raise ValueError(f"{folder}: its log has no result line, so the run did not finish; train again")
+    if wrong := mistyped(log.result, RESULT):
+        no_data = "; a record needs a data folder with a manifest" if wrong[0].startswith("data_sha256") else ""
+        raise ValueError(f"{folder}: in its result line {wrong[0]}{no_data}")
+    result = log.result
+    if result["interrupted"] and not allow_interrupted:
+        raise ValueError(f"{folder} was interrupted; train again, or file it as it is with --allow-interrupted")
+    if result["partial"]:
+        raise ValueError(f"{folder} scored part of the validation text; train again without VAL_MAX_TOKENS")
+    if not result["valid"]:
+        raise ValueError(f"{folder} is invalid: {text(result.get('invalid_reasons'))}")
+    if sha256(folder / "model.bin") != result["artifact_sha256"]:
+        raise ValueError(f"{folder}: model.bin is not the artifact that its log is about; train again")
+    return Run(folder, config_of(log.path), result)
+
+
+def check_together(runs: list[Run], script: Path, track: str) -> None:
+    """Raises ValueError if the runs are not different seeds of one experiment with this script."""
+    for run in runs:
+        if run.result["code_sha256"] != sha256(script):
+            raise ValueError(f"{run.folder} is not a run of {script}; pack first (`python -m tools.pack "
+                             f"{run.result['arch']} -o packed.py`), then train with `python packed.py`")
+        for key in SAME_FOR_ALL:
+            if run.result[key] != runs[0].result[key]:
+                raise ValueError(f"{run.folder} and {runs[0].folder} differ in {key}; seeds of a record differ in the "
+                                 "seed alone")
+    seeds = [run.result["seed"] for run in runs]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ValueError(f"seed {twice[0]} is there twice; name one run of each seed")
+    if len(runs) < SEEDS_NEEDED[track]:
+        raise ValueError(f"track {track} needs {SEEDS_NEEDED[track]} seeds, there are {len(runs)}; train more")
+
+
+def submission(runs: list[Run], args: argparse.Namespace) -> dict:
+    """Returns the content of submission.json."""
+    results = [run.result for run in runs]
+    first, losses, scores = results[0], [r["val_loss"] for r in results], [r["val_bpb"] for r in results]
+    spread = stdev if len(runs) > 1 else lambda values: None
+    return {
+        "author": args.author, "github_id": args.github_id, "name": args.name, "blurb": args.blurb,
+        "date": args.date, "track": args.track, "arch": first["arch"],
+        "val_loss": fmean(losses), "val_bpb": fmean(scores),
+        "val_loss_std": spread(losses), "val_bpb_std": spread(scores),
+        "seeds": [result["seed"] for result in results],
+        "seed_results": {str(r["seed"]): {key: r[key] for key in SEED_RESULT}
+                         | {"log": f"logs/train_seed{r['seed']}.log"} for r in results},
+        "bytes_code": first["bytes_code"], "bytes_model_max": max(r["bytes_model"] for r in results),
+        "bytes_total": max(r["bytes_total"] for r in results), "cap_seconds": first["cap_seconds"],
+        "dataset": first["dataset"], "val_bytes": first["val_bytes"], "val_tokens": first["val_tokens"],
+        "hardware": "; ".join(dict.fromkeys(r["hardware"] for r in results)),
+        "torch": "; ".join(dict.fromkeys(r["torch"] for r in results)), "params": first["params"],
+        "verdict": {"status": "unverified", "reasons": [], "verified_with": ""},
+    }
+
+
+def script_defaults(source: str) -> dict[str, str]:
+    """Returns what a packed script uses when nothing is set: setting -> text of its environment variable."""
+    found, body = {}, ast.parse(source).body
+    for scope in (node for node in body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+        for node in scope.body:
+            if isinstance(node, ast.AnnAssign) and node.value is not None:
+                with suppress(ValueError):  # a default that is not a literal is not known here
+                    found[node.target.id] = as_variable(ast.literal_eval(node.value))
+    for node in body:  # the settings that tools.pack baked in
+        if isinstance(node, ast.For) and ast.unparse(node.target) == "setting":
+            found |= {name.lower(): value for name, value in ast.literal_eval(node.iter.func.value).items()}
+    return found
+
+
+def as_variable(value: object) -> str:
+    """Returns the environment variable that gives a setting this value."""
+    return "none" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def command(run: Run, source: str, script: str) -> str:
+    """Returns the shell command that repeats a run: every setting that differs from the script's own default."""
+    defaults, result = script_defaults(source), run.result
+    values = {name: as_variable(value) for name, value in run.config.items() if name not in NOT_SETTINGS}
+    changed = {name: value for name, value in values.items() if defaults.get(name) != value}
+    settings = {"data_path": f"data/datasets/{result['dataset']}", "seed": result["seed"]} | changed
+    variables = " ".join(f"{name.upper()}={shlex.quote(str(value))}" for name, value in settings.items())
+    many = f"torchrun --standalone --nproc_per_node={result['world_size']}"
+    return f"{variables} {many if result['world_size'] > 1 else 'python'} {script}"
+
+
+README = """# {name}
+
+{blurb}
+
+{author} ([{github_id}](https://github.com/{github_id})), {date}, track `{track}`, architecture `{arch}`.
+
+| Seed | val_bpb | val_loss | Steps | Training, s | Scoring, s | Model, bytes | Total, bytes |
+|-----:|--------:|---------:|------:|------------:|-----------:|-------------:|-------------:|
+{rows}
+| mean | {val_bpb:.6f} | {val_loss:.6f} | | | | | |
+| sample std | {val_bpb_std} | {val_loss_std} | | | | | |
+{notes}
+Parameters: {params:,}. Code: {bytes_code:,} bytes. Hardware: {hardware}. PyTorch {torch}.
+Data: `{dataset}`, {val_bytes:,} bytes of validation text, {val_tokens:,} scored tokens; sha256 of its manifest.json:
+`{data_sha256}`.
+
+## Repeat it
+In the root of the kit, with that data set in `data/datasets/{dataset}`:
+```bash
+{commands}
+python -m tools.verify {place} --data data/datasets/{dataset}
+```
+On another machine the number of steps inside the time limit, and with it the score, will differ.
+
+## What was measured
+`val_bpb` is the sum of nats over all {val_tokens:,} targets of the validation text, over ln 2 and its {val_bytes:,}
+raw bytes; `val_loss` is the same sum per target. Both are of the stored artifact, read back from disk. Training
+seconds run from the first batch to the last update{cap}; warm-up on random tokens, export and scoring
+lie outside. Bytes are those of `train_gpt.py` and of the artifact on disk; the largest seed counts.
+`model_seed{first_seed}.bin` is the artifact of the first seed. `tools.record` wrote this file from the logs.
+"""
+
+
+def readme(runs: list[Run], said: dict, source: str, place: str) -> str:
+    """Returns the text of README.md; every number comes from the logs."""
+    row = ("| {seed} | {val_bpb:.6f} | {val_loss:.6f} | {steps:,} | {train_seconds:.3f} | {score_seconds:.3f} | "
+           "{bytes_model:,} | {bytes_total:,} |")
+    interrupted = [str(run.result["seed"]) for run in runs if run.result["interrupted"]]
+    notes = ["One seed: nothing is known about the spread."] if len(runs) == 1 else []
+    notes += [f"Training was interrupted by hand: seed {', '.join(interrupted)}."] if interrupted else []
+    stds = {key: "none" if said[key] is None else f"{said[key]:.6f}" for key in ("val_bpb_std", "val_loss_std")}
+    cap = f", at most {said['cap_seconds']:g} s" if said["cap_seconds"] else ", without a cap"
+    return README.format(
+        **{**said, **stds}, notes="".join(f"\n{note}\n" for note in notes), cap=cap, place=place,
+        rows="\n".join(row.format(**run.result) for run in runs),
+        data_sha256=runs[0].result["data_sha256"], first_seed=said["seeds"][0],
+        commands="\n".join(command(run, source, f"{place}/train_gpt.py") for run in runs),
+    )
+
+
+@contextmanager
+def built_beside(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder of the same name and track; it moves to its place only if all goes well."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another --name or --date")
+    workshop = folder.parent.parent / f".{folder.name}.partial-{os.getpid()}"
+    build = workshop / folder.parent.name / folder.name
+    try:
+        build.mkdir(parents=True)
+        yield build
+        folder.parent.mkdir(exist_ok=True)
+        build.rename(folder)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def record(args: argparse.Namespace) -> Path:
+    """Files the runs and returns the record's folder."""
+    if not re.fullmatch(r"[a-z0-9_.-]+", args.name):
+        raise ValueError(f"--name {args.name} must be made of a-z, 0-9, _ . and -")
+    for name in ("author", "github_id", "blurb"):
+        setattr(args, name, text(getattr(args, name)))
+        if not getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} must not be empty")
+    date.fromisoformat(args.date)
+    runs = [read_run(folder, args.allow_interrupted) for folder in args.runs]
+    check_together(runs, args.script, args.track)
+    said, place = submission(runs, args), f"track_{args.track}/{args.date}_{args.name}"
+    with built_beside(args.out / place) as build:
+        (build / "logs").mkdir()
+        shutil.copyfile(args.script, build / "train_gpt.py")
+        shutil.copyfile(runs[0].folder / "model.bin", build / f"model_seed{said['seeds'][0]}.bin")
+        for run in runs:
+            shutil.copyfile(run.folder / "train.log", build / f"logs/train_seed{run.result['seed']}.log")
+        (build / "submission.json").write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        page = readme(runs, said, unpack(args.script.read_text()), f"records/{place}")
+        (build / "README.md").write_text(page, encoding="utf-8")
+        for finding in verify(build):
+            if finding.status == "FAIL":
+                raise ValueError(f"{finding.rule} {finding.title}: {finding.problems[0]}. {finding.fix}")
+    return args.out / place
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--script", required=True, type=Path, help="the packed script that made the runs")
+    for name in ("--name", "--author", "--github-id", "--blurb"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--track", choices=TRACKS, default="non_record_16mb")
+    parser.add_argument("--out", type=Path, default=Path("records"))
+    parser.add_argument("--date", default=datetime.now(UTC).date().isoformat(), metavar="YYYY-MM-DD")
+    parser.add_argument("--allow-interrupted", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        folder = record(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if len(args.runs) == 1:
+        print("warning: one seed says nothing about the spread; a claim needs three")
+    print(f"{folder}: now `python -m tools.verify {folder} --data data/datasets/...` measures the score again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

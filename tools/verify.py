@@ -1,0 +1,136 @@
+"""The referee: checks a record folder, rule by rule, without believing what it says about itself.
+
+    python -m tools.verify records/track_non_record_16mb/2026-11-22_gpt                  what the files alone decide
+    python -m tools.verify RECORD --data data/datasets/wikitext2_sp1024                  and the score, measured again
+    python -m tools.verify RECORD --data FOLDER --write --json                           keep the verdict in the record
+
+Prints one line per rule of tools/rules.json. Exit status: 0 every rule passed; 1 a rule failed; 2 wrong usage;
+3 unverified: nothing failed, but something could not be decided here.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import tools.probes  # noqa: F401  registers its rules
+from tools.case import Case, read_data
+from tools.checks import CHECKS, RULES, Skip
+from tools.sandbox import isolation
+from tools.untrusted import text
+
+EXIT_STATUS = {"pass": 0, "fail": 1, "unverified": 3}
+MALFORMED = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
+INDENT = " " * 23
+
+
+@dataclass
+class Finding:
+    """What one rule found; status is PASS, FAIL or SKIP."""
+
+    rule: str
+    title: str
+    status: str
+    detail: str
+    problems: list[str] = field(default_factory=list)
+    fix: str = ""
+
+    def __str__(self) -> str:
+        first, *more = self.problems or [self.detail]
+        to_do = [f"to do: {self.fix}"] if self.fix else []
+        return f"\n{INDENT}".join([f"{self.status}  {self.rule}  {self.title:11}  {first}", *more, *to_do])
+
+
+def judge(case: Case, rule: str) -> Finding:
+    """Returns the finding of one rule."""
+    title = RULES[rule]["title"]
+    try:
+        problems, detail = CHECKS[rule](case)
+    except Skip as skip:
+        return Finding(rule, title, "SKIP", str(skip))
+    except MALFORMED as error:
+        problems, detail = [f"a value is missing or malformed: {type(error).__name__} {text(str(error))[:200]}"], ""
+    if problems:
+        return Finding(rule, title, "FAIL", detail, problems, RULES[rule]["fix"])
+    return Finding(rule, title, "PASS", detail)
+
+
+def examine(case: Case) -> Iterator[Finding]:
+    """Yields one finding per rule, the quick ones first."""
+    if not case.folder.is_dir():
+        raise ValueError(f"{case.folder} is not a folder; pass a record folder such as records/track_.../<date>_<name>")
+    for rule in CHECKS:
+        yield judge(case, rule)
+
+
+def open_case(folder: Path | str, data: Path | str | None = None, **options: object) -> Case:
+    """Returns a record ready to be examined; data is the judge's data folder, options are those of Case."""
+    return Case(Path(folder).resolve(), read_data(Path(data)) if data else None, **options)
+
+
+def verify(folder: Path | str, data: Path | str | None = None, **options: object) -> list[Finding]:
+    """Returns the findings on a record. Without data, the rules that need it are skipped."""
+    return list(examine(open_case(folder, data, **options)))
+
+
+def status_of(findings: list[Finding]) -> str:
+    """Returns pass, fail, or unverified where nothing failed but not everything could be decided."""
+    found = {finding.status for finding in findings}
+    return "fail" if "FAIL" in found else "unverified" if "SKIP" in found else "pass"
+
+
+def verdict(case: Case, findings: list[Finding]) -> dict:
+    """Returns what a submission.json keeps of the findings."""
+    open_ones = [finding for finding in findings if finding.status != "PASS"]
+    reasons = [f"{f.rule} {f.title}: {problem}" for f in open_ones for problem in f.problems or [f.detail]]
+    parts = [f"{len(findings)} rules"]
+    if case.data:
+        parts += [f"data {case.data.name} {case.data.manifest_sha256[:12]}", isolation(), f"probes {case.probe_seed}"]
+    return {"status": status_of(findings), "reasons": reasons, "verified_with": "tools.verify, " + ", ".join(parts)}
+
+
+def write_verdict(case: Case, value: dict) -> None:
+    """Puts the verdict into submission.json, whole or not at all."""
+    path = case.folder / "submission.json"
+    if not case.submission:
+        raise ValueError(f"{path} is not a JSON object, so it cannot keep the verdict")
+    partial = path.with_name("submission.json.partial")
+    partial.write_text(json.dumps(case.submission | {"verdict": value}, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--data", type=Path, help="the judge's data folder, with manifest.json")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="limit for scoring one stream (default 1800)")
+    parser.add_argument("--probes", type=int, metavar="SEED", help="repeat the probes of an earlier verdict")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--write", action="store_true", help="store the verdict in the record's submission.json")
+    args = parser.parse_args(argv)
+    say: Callable[[str], None] = lambda line: print(f"... {line}", file=sys.stderr, flush=True)  # noqa: E731
+    options = {} if args.probes is None else {"probe_seed": args.probes}
+    try:
+        case, findings = open_case(args.record, args.data, seconds=args.seconds, say=say, **options), []
+        for finding in examine(case):
+            findings.append(finding)
+            if not args.json:
+                print(finding, flush=True)
+        value = verdict(case, findings)
+        if args.write:
+            write_verdict(case, value)
+    except (ValueError, LookupError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"record": str(args.record), **value, "findings": [asdict(f) for f in findings]}, indent=2))
+    else:
+        print(f"{value['status']}: {value['verified_with']}")
+    return EXIT_STATUS[value["status"]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
