@@ -739,6 +739,10 @@ class Schedule:
         self.scales.append(min(1.0, left / warmdown) if warmdown else 1.0)
         return self.scales[-1]
 
+    def room_for(self, seconds: float) -> bool:
+        """Whether a pause of that many seconds and some more steps fit under the cap; all ranks agree."""
+        return self.elapsed + 1.5 * seconds + 4 * self.step_seconds < self.run.cap_seconds
+
     def must_stop(self, step_began: float, now: float) -> bool:
         """Whether the step after this one could end past the cap. Slow steps come in spells: the slowest counts."""
         slowest = 1.05 * max(self.recent, default=0.0)
@@ -867,7 +871,8 @@ def read_tensors(header: dict, frame: memoryview) -> dict[str, Tensor]:
 
     raw_bytes = zstandard.frame_content_size(frame)  # what the decompressor will allocate
     if raw_bytes != header["raw_bytes"] or raw_bytes > MAX_RAW_BYTES:
-        raise ValueError(f"artifact claims {header['raw_bytes']} bytes of tensors, its frame {raw_bytes}, the limit is {MAX_RAW_BYTES}")
+        claimed = header["raw_bytes"]
+        raise ValueError(f"artifact claims {claimed} bytes of tensors, its frame {raw_bytes}; limit {MAX_RAW_BYTES}")
     data = memoryview(zstandard.ZstdDecompressor().decompress(frame))
     position, state = 0, {}
 
@@ -998,12 +1003,16 @@ class Trainer:
                 p.grad = torch.zeros_like(p)
 
     def train_step(self, batch: Tensor, step: int, lr_scale: float, votes: Callable[[], list[float]]) -> Tensor:
-        """One optimizer step; [loss, *votes()] averaged over the ranks. Votes are cast after backward."""
+        """One optimizer step; [loss, *votes()] averaged over the ranks.
+
+        Votes are cast after backward: elapsed seconds, stop after this step, drop this step for it is past the cap.
+        """
         loss = self.backward(batch)
         report = torch.cat((loss.float().reshape(1), torch.tensor(votes(), dtype=torch.float32).to(batch.device)))
         report = self.share(report)
         self.fill_missing()
-        self.optimizers.step(step, lr_scale)
+        if self.machine.lag or not report[-1] > 0:
+            self.optimizers.step(step, lr_scale)
         return report
 
     def warm_up(self, rows: int, log: RunLog) -> float:
@@ -1018,7 +1027,7 @@ class Trainer:
                         model.config.vocab_size, (rows, model.config.train_seq_len + 1), device=self.machine.device
                     )
                     start = time.perf_counter()
-                    self.train_step(batch, 0, 1.0, lambda: [0.0, 0.0]).tolist()
+                    self.train_step(batch, 0, 1.0, lambda: [0.0, 0.0, 0.0]).tolist()
                     seconds = time.perf_counter() - start
                 done = f"{self.run.warmup_steps}/{self.run.warmup_steps}"
                 log(f"warmup_step:{done} at_fraction:{fraction} last_step:{1000 * seconds:.0f}ms")
@@ -1042,7 +1051,12 @@ class Outcome:
 
 
 def train(
-    trainer: Trainer, loader: TokenLoader, validate: Callable[[], Score], step_seconds: float, log: RunLog
+    trainer: Trainer,
+    loader: TokenLoader,
+    validate: Callable[[], Score],
+    step_seconds: float,
+    val_seconds: float,
+    log: RunLog,
 ) -> Outcome:
     """Train until the iterations, the clock or the user end it. The clock runs from here on and never pauses."""
     run, machine, model = trainer.run, trainer.machine, trainer.model
@@ -1053,8 +1067,11 @@ def train(
         """Wait for the oldest step in flight, log it; True when all ranks are to stop."""
         nonlocal last
         step, report = pending.popleft()
-        loss, elapsed, stop = report.tolist()
+        loss, elapsed, stop, late = report.tolist()
         now = time.perf_counter()
+        if late:
+            log(f"dropped_step:{step + 1} its gradient was ready only at {1000 * (now - start):.0f}ms, after the cap")
+            return True
         outcome.steps, outcome.seconds = step + 1, now - start
         schedule.completed(step + 1, elapsed if machine.world_size > 1 else now - start, now - last)
         last = now
@@ -1076,7 +1093,8 @@ def train(
 
         def votes() -> list[float]:
             now = time.perf_counter() - start
-            return [now, float(interrupt.since is not None or schedule.must_stop(step_began - start, now))]
+            stop = interrupt.since is not None or schedule.must_stop(step_began - start, now)
+            return [now, float(stop), float(now > run.cap_seconds and not machine.lag)]
 
         stop, batches = schedule.must_stop(0.0, 0.0) and machine.world_size == 1, iter(loader)
         for step in range(run.iterations if not stop else 0):
@@ -1089,7 +1107,8 @@ def train(
                 stop = finish() or stop
             if stop:
                 break
-            if run.val_loss_every and (step + 1) % run.val_loss_every == 0 and step + 1 < run.iterations:
+            due = run.val_loss_every and (step + 1) % run.val_loss_every == 0 and step + 1 < run.iterations
+            if due and schedule.room_for(val_seconds):
                 log_score(log, f"step:{step + 1}/{run.iterations}", validate(), outcome)
                 last = time.perf_counter()
         while pending:
@@ -1123,14 +1142,18 @@ def code_files() -> list[Path]:
     return sorted({Path(f).resolve() for f in (__file__, *kit)})
 
 
+def check_batch(run: RunConfig, T: int, world_size: int) -> None:
+    """Stop on a batch that cannot be dealt out to the ranks in whole sequences of T."""
+    if run.train_batch_tokens % (T * world_size):
+        raise ValueError(
+            f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={T} x "
+            f"{world_size} ranks = {T * world_size}, at least one sequence per rank"
+        )
+
+
 def micro_batch_count(run: RunConfig, model_config: ModelConfig, machine: Machine) -> int:
     """Backward passes per step and rank: 1 unless memory asks for more."""
     rank_tokens, T = run.train_batch_tokens // machine.world_size, model_config.train_seq_len
-    if run.train_batch_tokens % (T * machine.world_size):
-        raise ValueError(
-            f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={T} x "
-            f"{machine.world_size} ranks = {T * machine.world_size}, at least one sequence per rank"
-        )
     limit = run.micro_batch_tokens
     if limit is None:
         # Upstream's logs: 155 kB a token at 9 layers x 512; fp32 logits are kept about three times over.
@@ -1201,6 +1224,15 @@ def verdict(result: dict, vocab_size: int) -> list[str]:
     return reasons
 
 
+def time_validation(validate: Callable[[], Score], machine: Machine) -> float:
+    """Seconds of one validation, the mean over the ranks; it compiles what validation needs before the clock starts."""
+    for _ in range(1 + machine.compile):
+        start = time.perf_counter()
+        validate()
+        seconds = torch.tensor([time.perf_counter() - start], device=machine.device)
+    return machine.sum(seconds).item() / machine.world_size
+
+
 def announce(log: RunLog, model: LanguageModel, machine: Machine, loader: TokenLoader, why: str) -> None:
     """Log what is about to be trained, and on what."""
     params = sum(p.numel() for p in model.parameters())
@@ -1259,9 +1291,12 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     dataset, model_config = prepare_run(run, model_config)
     T = model_config.train_seq_len
     plan = ScorePlan(run.eval_seq_len or T, run.eval_stride or run.eval_seq_len or T)
+    check_batch(run, T, int(os.environ.get("WORLD_SIZE", 1)))
     val_tokens, val_bytes, partial = dataset.validation(run.val_max_tokens)
     machine = make_machine(run)
     machine.compile, why = compile_pays(run, machine.device)
+    if machine.compile:
+        torch._dynamo.config.recompile_limit = 64  # one graph per batch shape of Muon, per switch and score window
     micro_batches = micro_batch_count(run, model_config, machine)
     loader = TokenLoader(dataset.train_files, run, model_config, machine)
     folder, log = open_log(run, arch, machine)
@@ -1288,8 +1323,9 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     model.compute_dtype = machine.dtype
     trainer = Trainer(model, run, machine, micro_batches)
     step_seconds = trainer.warm_up(loader.rows // machine.world_size, log)
+    val_seconds = time_validation(validate, machine) if run.val_loss_every else 0.0
     log.phase("train")
-    outcome = train(trainer, loader, validate, step_seconds, log)
+    outcome = train(trainer, loader, validate, step_seconds, val_seconds, log)
     before = validate()
     log_score(log, f"step:{outcome.steps}/{run.iterations}", before, outcome)
 

@@ -14,7 +14,9 @@ import torch
 import train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=512, WARMUP_STEPS=1)
+TINY = dict(
+    NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=512, WARMUP_STEPS=1
+)
 TINY |= dict(ITERATIONS=8, COMPILE=0, DEVICE="cpu", TRAIN_LOG_EVERY=1)
 SETTINGS = {f.upper() for f in train_gpt.RunConfig.__dataclass_fields__} | set(TINY) | {"ARCH", "VOCAB_SIZE"}
 
@@ -22,7 +24,9 @@ SETTINGS = {f.upper() for f in train_gpt.RunConfig.__dataclass_fields__} | set(T
 @pytest.fixture(autouse=True, scope="session")
 def quiet_torch() -> None:
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)
+    torch.set_num_threads(
+        1
+    )  # tiny models are faster so, and threads of two programs that share a core wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +75,17 @@ def data(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> Path:
 
 def environment(settings: dict) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    return kept | {name: str(value) for name, value in settings.items()}
+    return kept | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in settings.items()}
 
 
-def run_script(settings: dict, *args: str, script: Path = ROOT / "train_gpt.py", **kwargs) -> subprocess.CompletedProcess:
+def run_script(
+    settings: dict, *args: str, script: Path = ROOT / "train_gpt.py", **kwargs
+) -> subprocess.CompletedProcess:
     """`python train_gpt.py ARGS` with these settings and no others."""
     command = [sys.executable, str(script), *args]
-    return subprocess.run(command, env=environment(settings), cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(
+        command, env=environment(settings), cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs
+    )
 
 
 def result_of(done: subprocess.CompletedProcess) -> dict:

@@ -9,17 +9,30 @@ import sentencepiece
 
 from data import prepare
 
-NASTY = ["tab\tand\r\nreturn\rand\x00nul\x01", "  leading and trailing  ", "\n\n\n", " ",
-         "\u0301\u0308 lone accents e\u0301", "emoji \U0001f600\U0001f468\u200d\U0001f469 \ufeff",
-         "世界 नमस्ते \u00a0\u2028 \ue000\U0010ffff", "x" * 20_000, "a  b   c\n   d", "1234567890 3.14159 1,000,000",
-         "<s></s><unk><pad><0x41>", "ﬁ ½ Å Ⅳ", "é,”said— ‘he’…1é2"]
+NASTY = [
+    "tab\tand\r\nreturn\rand\x00nul\x01",
+    "  leading and trailing  ",
+    "\n\n\n",
+    " ",
+    "\u0301\u0308 lone accents e\u0301",
+    "emoji \U0001f600\U0001f468\u200d\U0001f469 \ufeff",
+    "世界 नमस्ते \u00a0\u2028 \ue000\U0010ffff",
+    "x" * 20_000,
+    "a  b   c\n   d",
+    "1234567890 3.14159 1,000,000",
+    "<s></s><unk><pad><0x41>",
+    "ﬁ ½ Å Ⅳ",
+    "é,”said— ‘he’…1é2",
+]
 
 
 def documents(count: int = 80, seed: int = 1) -> list[str]:
     rng = random.Random(seed)
     words = ["".join(rng.choices("etaoinshrdlucm", k=rng.randint(2, 7))) for _ in range(300)]
-    return [" ".join(rng.choices(words, k=rng.randint(50, 150))).capitalize() + f".\n\nNumber {index}!"
-            for index in range(count)]
+    return [
+        " ".join(rng.choices(words, k=rng.randint(50, 150))).capitalize() + f".\n\nNumber {index}!"
+        for index in range(count)
+    ]
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> str:
@@ -56,7 +69,17 @@ def manifest_of(folder: Path) -> dict:
 def train_normalising(folder: Path) -> str:
     """Trains a model that does to text what upstream's published ones do."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents()), model_prefix=str(folder / "nfkc"), model_type="bpe", vocab_size=400,
-        byte_fallback=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2,
-        unk_id=3, minloglevel=2)
+        sentence_iterator=iter(documents()),
+        model_prefix=str(folder / "nfkc"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
     return str(folder / "nfkc.model")

@@ -49,7 +49,7 @@ def train_losses(name: str, steps: int = 3, tokens: torch.Tensor | None = None, 
     model = tiny(name, **settings)
     trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
     batch = some_tokens(4, model.config.train_seq_len + 1) if tokens is None else tokens
-    return [trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0])[0].item() for step in range(steps)]
+    return [trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0].item() for step in range(steps)]
 
 
 @every_architecture
@@ -97,7 +97,7 @@ def test_every_parameter_gets_a_gradient_within_two_steps(name):
     model = tiny(name)
     model.on_progress(1.0)
     trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
-    trainer.train_step(some_tokens(4, 65), 0, 1.0, lambda: [0.0, 0.0])
+    trainer.train_step(some_tokens(4, 65), 0, 1.0, lambda: [0.0, 0.0, 0.0])
     trainer.backward(some_tokens(4, 65))
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -155,7 +155,9 @@ def test_artifact_reloads_in_a_fresh_process_to_the_same_score(name, tmp_path):
 
 @every_architecture
 def test_a_few_hundred_steps_on_real_text_beat_the_unigram_table(name, text):
-    train, val = (np.frombuffer(part, dtype=np.uint8).astype(np.int64) + 4 for part in (text[:200_000], text[200_000:208_000]))
+    train, val = (
+        np.frombuffer(part, dtype=np.uint8).astype(np.int64) + 4 for part in (text[:200_000], text[200_000:208_000])
+    )
     counts = np.bincount(train, minlength=260) + 0.1
     unigram = -np.log(counts / counts.sum())[val[1:]].mean()
     model, rng = tiny(name), np.random.default_rng(0)
@@ -163,7 +165,7 @@ def test_a_few_hundred_steps_on_real_text_beat_the_unigram_table(name, text):
     for step in range(200):
         starts = rng.integers(len(train) - 65, size=8)
         batch = torch.from_numpy(np.stack([train[s : s + 65] for s in starts]))
-        trainer.train_step(batch, step, 1 - step / 200, lambda: [0.0, 0.0])
+        trainer.train_step(batch, step, 1 - step / 200, lambda: [0.0, 0.0, 0.0])
     train_gpt.fill_generated(model)
     assert train_gpt.score_stream(model.eval(), val, train_gpt.ScorePlan(64, 64), CPU).mean() < unigram - 0.2
 
@@ -186,7 +188,9 @@ def test_packs_into_one_file_that_compiles(name):
 @every_architecture
 def test_cites_its_source(name):
     docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
-    assert "http" in docstring.splitlines()[0], f"architectures/{name}.py: the docstring's first line must link the paper"
+    assert "http" in docstring.splitlines()[0], (
+        f"architectures/{name}.py: the docstring's first line must link the paper"
+    )
 
 
 @every_architecture

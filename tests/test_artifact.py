@@ -47,7 +47,10 @@ def test_fewer_bits_cost_fewer_bytes_and_more_error():
     model = shake(tiny("gpt"))
     sizes = [len(pack(model, bits)) for bits in (8, 7, 6, 5, 4)]
     weight = model.blocks[0].mlp.up.weight
-    errors = [(stored(pack(model, bits))["blocks.0.mlp.up.weight"] - weight).square().mean().item() for bits in (8, 7, 6, 5, 4)]
+    errors = [
+        (stored(pack(model, bits))["blocks.0.mlp.up.weight"] - weight).square().mean().item()
+        for bits in (8, 7, 6, 5, 4)
+    ]
     assert sizes == sorted(sizes, reverse=True) and errors == sorted(errors)
 
 
@@ -63,7 +66,9 @@ def test_clipping_a_row_never_adds_error():
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1), (4, 1)])
 def test_stacks_and_odd_shapes_survive(shape):
     values, scales = train_gpt.quantize_rows(torch.randn(shape), 8)
-    assert values.shape == (shape[0] * shape[1] if len(shape) == 3 else shape[0], shape[-1]) and len(scales) == len(values)
+    assert values.shape == (shape[0] * shape[1] if len(shape) == 3 else shape[0], shape[-1]) and len(scales) == len(
+        values
+    )
 
 
 class Shared(load_architecture("gpt")[0]):
@@ -81,7 +86,9 @@ def test_shared_tensors_are_stored_once_and_non_persistent_buffers_never():
     shared, separate = shake(Shared(Config(**SHAPE))), shake(tiny("gpt"))
     assert len(pack(shared)) < 0.6 * len(pack(separate))
     state = stored(pack(shared))
-    assert set(state) == set(shared.state_dict()) and torch.equal(state["blocks.0.mlp.up.weight"], state["blocks.3.mlp.up.weight"])
+    assert set(state) == set(shared.state_dict()) and torch.equal(
+        state["blocks.0.mlp.up.weight"], state["blocks.3.mlp.up.weight"]
+    )
 
 
 def test_loading_needs_no_environment_and_moves_no_random_numbers(blob, monkeypatch):
@@ -172,7 +179,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=write_under_a_size_limit, args=(path, b"n" * 5000))
     process.start()
     process.join(30)
-    assert process.exitcode == 7 and [p.name for p in tmp_path.iterdir()] == ["model.bin"] and path.read_bytes() == b"old"
+    assert (
+        process.exitcode == 7 and [p.name for p in tmp_path.iterdir()] == ["model.bin"] and path.read_bytes() == b"old"
+    )
 
 
 def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):

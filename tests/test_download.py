@@ -57,8 +57,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if path in self.server.files:
                 data = self.server.files[path]
                 size = self.server.claimed.get(path, len(data))
-                info = {"type": "file", "path": path, "size": size,
-                        "oid": hashlib.sha1(b"blob %d\0%s" % (len(data), data)).hexdigest()}
+                info = {
+                    "type": "file",
+                    "path": path,
+                    "size": size,
+                    "oid": hashlib.sha1(b"blob %d\0%s" % (len(data), data)).hexdigest(),
+                }
                 if not path.endswith(".json"):
                     info["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
                 infos.append(info)
@@ -79,8 +83,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(404, b"", X_Error_Code="EntryNotFound")
         wanted = self.headers.get("Range")
         digest = hashlib.sha256(data).hexdigest()
-        headers = {"X_Repo_Commit": COMMIT, "ETag": f'"{digest}"', "X_Linked_Etag": f'"{digest}"',
-                   "X_Linked_Size": str(len(data)), "Accept_Ranges": "bytes"}
+        headers = {
+            "X_Repo_Commit": COMMIT,
+            "ETag": f'"{digest}"',
+            "X_Linked_Etag": f'"{digest}"',
+            "X_Linked_Size": str(len(data)),
+            "Accept_Ranges": "bytes",
+        }
         if found[1] in hub.flipped:
             data = data[:-1] + bytes([data[-1] ^ 1])
         if self.command == "GET":
@@ -90,7 +99,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         if self.command == "GET" and found[1] in hub.cut_at:
             self.close_connection = True
-            return self.answer(200, data[:hub.cut_at.pop(found[1])], **headers, Content_Length=str(len(data)))
+            return self.answer(200, data[: hub.cut_at.pop(found[1])], **headers, Content_Length=str(len(data)))
         return self.answer(206 if start else 200, data[start:], **headers)
 
 
@@ -99,18 +108,46 @@ def published(tmp_path_factory) -> dict[str, bytes]:
     """Three train shards and two of validation, made from 75 documents with a tokenizer like upstream's."""
     folder = tmp_path_factory.mktemp("published")
     file = write_jsonl(folder / "x.jsonl", documents(75))
-    assert run("--jsonl", file, "--tokenizer", train_normalising(folder), "--normalise", "--val-documents", "30",
-               "--shard-tokens", "6000", "--out", str(folder), "--name", "x") == 0
+    assert (
+        run(
+            "--jsonl",
+            file,
+            "--tokenizer",
+            train_normalising(folder),
+            "--normalise",
+            "--val-documents",
+            "30",
+            "--shard-tokens",
+            "6000",
+            "--out",
+            str(folder),
+            "--name",
+            "x",
+        )
+        == 0
+    )
     counts = {split: len(list((folder / "x").glob(f"fineweb_{split}_*.bin"))) for split in ("train", "val")}
     assert counts["train"] >= 3 and counts["val"] >= 2
-    manifest = {"datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "sp_bpe_1024",
-                              "path": "datasets/fineweb10B_sp1024",
-                              "stats": {f"files_{split}": count for split, count in counts.items()}}],
-                "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
-    files = {f"datasets/datasets/fineweb10B_sp1024/{path.name}": path.read_bytes()
-             for path in (folder / "x").glob("fineweb_*.bin")}
-    return {**files, "datasets/manifest.json": json.dumps(manifest).encode(),
-            "datasets/tokenizers/fineweb_1024_bpe.model": (folder / "x" / "tokenizer.model").read_bytes()}
+    manifest = {
+        "datasets": [
+            {
+                "name": "fineweb10B_sp1024",
+                "tokenizer_name": "sp_bpe_1024",
+                "path": "datasets/fineweb10B_sp1024",
+                "stats": {f"files_{split}": count for split, count in counts.items()},
+            }
+        ],
+        "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}],
+    }
+    files = {
+        f"datasets/datasets/fineweb10B_sp1024/{path.name}": path.read_bytes()
+        for path in (folder / "x").glob("fineweb_*.bin")
+    }
+    return {
+        **files,
+        "datasets/manifest.json": json.dumps(manifest).encode(),
+        "datasets/tokenizers/fineweb_1024_bpe.model": (folder / "x" / "tokenizer.model").read_bytes(),
+    }
 
 
 @pytest.fixture
@@ -121,11 +158,31 @@ def hub(published) -> Hub:
 
 
 def download(hub: Hub, out: Path, *argv: str, shards: int = 2, repo: str = REPO) -> subprocess.CompletedProcess:
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(out / "home"),
-           "MATCHED_FINEWEB_REPO_ID": repo, "HF_HUB_OFFLINE": "0"}
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(out / "home"),
+        "MATCHED_FINEWEB_REPO_ID": repo,
+        "HF_HUB_OFFLINE": "0",
+    }
     env.pop("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", None)
-    return subprocess.run([sys.executable, str(ROOT / "data" / "download.py"), "--train-shards", str(shards), "--out",
-                           str(out), "--processes", "1", *argv], env=env, cwd=out, capture_output=True, text=True)
+    return subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "data" / "download.py"),
+            "--train-shards",
+            str(shards),
+            "--out",
+            str(out),
+            "--processes",
+            "1",
+            *argv,
+        ],
+        env=env,
+        cwd=out,
+        capture_output=True,
+        text=True,
+    )
 
 
 def assert_refused(done: subprocess.CompletedProcess, message: str, out: Path) -> None:
@@ -139,8 +196,16 @@ def test_download_gives_a_data_set_with_exact_counts(hub, published, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "fineweb10B_sp1024"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin", "fineweb_val_000001.bin",
-        "manifest.json", "tokenizer.model", "train_docs.txt", "upstream_manifest.json", "val_docs.txt"]
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+        "fineweb_val_000000.bin",
+        "fineweb_val_000001.bin",
+        "manifest.json",
+        "tokenizer.model",
+        "train_docs.txt",
+        "upstream_manifest.json",
+        "val_docs.txt",
+    ]
     manifest = manifest_of(folder)
     for split, entry in manifest["splits"].items():
         texts = read_back(folder, split)
@@ -208,8 +273,11 @@ def test_full_disk_is_an_error_before_anything_is_fetched(hub, tmp_path):
 
 
 def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
-    assert_refused(download(hub, tmp_path, "--variant", "sp8192"), "--variant sp8192 is not in someone/golf, which has "
-                   "fineweb10B_sp1024", tmp_path)
+    assert_refused(
+        download(hub, tmp_path, "--variant", "sp8192"),
+        "--variant sp8192 is not in someone/golf, which has fineweb10B_sp1024",
+        tmp_path,
+    )
     assert_refused(download(hub, tmp_path, shards=99), "--train-shards 99: someone/golf has", tmp_path)
     assert_refused(download(hub, tmp_path, repo="no/body"), "no/body is no public data set", tmp_path)
     hub.files["datasets/manifest.json"] = b"{}"

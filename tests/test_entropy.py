@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, environment, result_of, run_script, sys
 
-WORDS = "sun moon star wind rain snow leaf root seed bark stone river lake hill field road".split()
+WORDS = tuple("sun moon star wind rain snow leaf root seed bark stone river lake hill field road".split(" "))
 
 
 class WordChain:
-    """A Markov chain over words: three successors each, with probabilities 0.6, 0.3 and 0.1; a word and a space are written."""
+    """A Markov chain over words, three successors each; writes a word and a space at a time."""
 
     def __init__(self, seed: int):
         rng = np.random.default_rng(seed)
@@ -35,10 +35,19 @@ def test_val_bpb_approaches_the_entropy_of_the_source_from_above(tmp_path, token
     val, bits = chain.write(3000, rng)
     (tmp_path / "val.txt").write_text(val)
     (tmp_path / "train.txt").write_text(chain.write(100_000, rng)[0])
-    prepare = [sys.executable, "data/prepare.py", "--text", str(tmp_path / "train.txt"), "--val-text", str(tmp_path / "val.txt")]
+    prepare = [
+        sys.executable,
+        "data/prepare.py",
+        "--text",
+        str(tmp_path / "train.txt"),
+        "--val-text",
+        str(tmp_path / "val.txt"),
+    ]
     prepare += [*tokenizer, "--name", "chain", "--out", str(tmp_path)]
     subprocess.run(prepare, cwd=ROOT, env=environment({}), check=True, capture_output=True)
-    settings = TINY | dict(DATA_PATH=tmp_path / "chain", OUT_DIR=tmp_path, RUN_ID="run", ITERATIONS=300, TRAIN_SEQ_LEN=64)
+    settings = TINY | dict(
+        DATA_PATH=tmp_path / "chain", OUT_DIR=tmp_path, RUN_ID="run", ITERATIONS=300, TRAIN_SEQ_LEN=64
+    )
     settings |= dict(MODEL_DIM=64, TRAIN_BATCH_TOKENS=2048, TRAIN_LOG_EVERY=100, MUON_MOMENTUM_WARMUP_STEPS=50)
     result = result_of(run_script(settings))
     assert result["val_bytes"] == len(val)

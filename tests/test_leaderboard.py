@@ -37,8 +37,16 @@ def add(root: Path, folder: str, val_bpb: float, seeds=(1, 2, 3), track="track_1
         steps = [f"step:{step}/99 train_loss:{3 - step / 99:.3f} train_time:{step * 1000}ms" for step in range(1, 99)]
         words = log or "\n".join([*steps, "result:" + json.dumps(result)])
         (path / "logs" / f"train_seed{seed}.log").write_text(words)
-    submission = {"name": folder[11:], "author": "Ada", "blurb": "words", "val_bpb": val_bpb, "val_bytes": 1000,
-                  "dataset": "fineweb_sp1024", "verdict": {"status": "pass"}, **fields}
+    submission = {
+        "name": folder[11:],
+        "author": "Ada",
+        "blurb": "words",
+        "val_bpb": val_bpb,
+        "val_bytes": 1000,
+        "dataset": "fineweb_sp1024",
+        "verdict": {"status": "pass"},
+        **fields,
+    }
     (path / "submission.json").write_text(json.dumps(submission))
     return path
 
@@ -96,8 +104,12 @@ def test_scores_on_other_validation_texts_stand_in_other_tables(root):
     readme = run(root)[1]
     assert readme.count("| Run |") == 4
     titles = re.findall(r"#### (.*)", readme)
-    assert titles == ["fineweb, 1,000 bytes of validation text", "fineweb, 999 bytes of validation text",
-                      "validation text not stated", "wikitext2, 77 bytes of validation text"]
+    assert titles == [
+        "fineweb, 1,000 bytes of validation text",
+        "fineweb, 999 bytes of validation text",
+        "validation text not stated",
+        "wikitext2, 77 bytes of validation text",
+    ]
 
 
 def test_tokenizers_compete_in_one_table(root):
@@ -113,7 +125,7 @@ def test_failed_and_doubtful_records_are_listed_below_with_the_reason(root):
     add(root, "2026-11-22_big", 1.1, bytes_total=16_000_002)
     readme = run(root)[1]
     assert [row[0] for row in rows(readme)] == ["good"]
-    below = readme[readme.index("### Not ranked"):]
+    below = readme[readme.index("### Not ranked") :]
     assert "[leak](" in below and "failed verification: R1 sums to 277" in below and "2 over the cap" in below
 
 
@@ -217,12 +229,16 @@ def test_noise_never_raises(root):
     for seed in range(40):
         generator = random.Random(seed)
         words = "".join(generator.choices(string.printable + "é\u202e\U0001f600", k=30))
-        wild = {"name": words, "val_bytes": generator.choice([1, -1, 1e300, "x", []]), "hardware": [words],
-                "bytes_total": generator.choice([0, 1, 15e6, 1e14, None]), "verdict": {"reasons": words}}
-        step, loss = generator.randrange(9**generator.randrange(12)), generator.uniform(-1, 1) * 10**seed
+        wild = {
+            "name": words,
+            "val_bytes": generator.choice([1, -1, 1e300, "x", []]),
+            "hardware": [words],
+            "bytes_total": generator.choice([0, 1, 15e6, 1e14, None]),
+            "verdict": {"reasons": words},
+        }
+        step, loss = generator.randrange(9 ** generator.randrange(12)), generator.uniform(-1, 1) * 10**seed
         milliseconds, val_loss = generator.choice([-5, 0, 1, 10**9]), generator.choice([1e-9, 2.0])
-        log = (f"step:{step}/9 train_loss:{loss} train_time:{milliseconds}ms\n"
-               f"final_x val_loss:{val_loss} val_bpb:1.2")
+        log = f"step:{step}/9 train_loss:{loss} train_time:{milliseconds}ms\nfinal_x val_loss:{val_loss} val_bpb:1.2"
         add(root, f"2026-11-22_{seed}", generator.choice([1e-9, 1.2, 99.0]), log=log, **wild)
     bad = os.fsencode(root / "records" / "track_10min_16mb") + b"/2026-11-22_\xff\xfe"
     os.makedirs(bad)

@@ -74,12 +74,14 @@ def test_warm_up_leaves_no_trace():
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     trainer = train_gpt.Trainer(model, train_gpt.RunConfig(warmup_steps=2), CPU, micro_batches=1)
     assert trainer.warm_up(4, train_gpt.RunLog(None)) > 0
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(
+        torch.get_rng_state(), state
+    )
     assert not trainer.optimizers.muon.buffers and not trainer.optimizers.adam.state
 
 
 class Generated(Gpt):
-    """The MLPs' first matrices come from one small code per layer: weights that exist only between two optimizer steps."""
+    """The MLPs' first matrices come from one small code per layer: made anew for every optimizer step."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -105,7 +107,7 @@ def generated_model() -> Generated:
 def test_generated_weights_are_made_once_a_step_and_their_generator_is_trained():
     model, batch = generated_model(), some_tokens(8, 65)
     trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=4)
-    trainer.train_step(batch, 0, 1.0, lambda: [0.0, 0.0])  # the zero-initialised projections hide the MLP at first
+    trainer.train_step(batch, 0, 1.0, lambda: [0.0, 0.0, 0.0])  # the zero-initialised projections hide the MLP at first
     trainer.backward(batch)
     assert model.calls == 2
     ours = model.code.grad.clone(), model.basis.grad.clone()
@@ -154,7 +156,7 @@ def test_a_switch_in_mid_run_fires_under_compile_without_a_graph_break():
     torch.manual_seed(0)
     model, batch = Switched(GptConfig(**SHAPE)), some_tokens(2, 65)
     trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
-    trainer.train_step(batch, 0, 1.0, lambda: [0.0, 0.0])
+    trainer.train_step(batch, 0, 1.0, lambda: [0.0, 0.0, 0.0])
     compiled = torch.compile(trainer.loss, fullgraph=True, dynamic=False, backend="aot_eager")
     losses = []
     for fraction in (0.0, 0.6, 0.1):
@@ -187,5 +189,5 @@ def test_gradients_are_clipped_to_the_norm():
     trainer = train_gpt.Trainer(model, dataclasses.replace(train_gpt.RunConfig(), grad_clip_norm=1e-9), CPU, 1)
     before = model.embed.weight.detach().clone()
     trainer.optimizers.adam.param_groups[0]["eps"] = 1.0  # Adam undoes the scale of a gradient that dwarfs eps
-    trainer.train_step(some_tokens(4, 65), 0, 1.0, lambda: [0.0, 0.0])
+    trainer.train_step(some_tokens(4, 65), 0, 1.0, lambda: [0.0, 0.0, 0.0])
     assert (model.embed.weight - before).abs().max() < 1e-8

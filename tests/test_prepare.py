@@ -98,8 +98,10 @@ def test_long_texts_are_cut_without_a_change():
 
 def test_one_and_two_processes_write_the_same_files(corpus, prepared, monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_BYTES", 3000)
-    assert run(*NASTY_OPTIONS, "--jsonl", str(corpus / "nasty.jsonl"), "--out", str(corpus / "two"), "--processes",
-               "2") == 0
+    assert (
+        run(*NASTY_OPTIONS, "--jsonl", str(corpus / "nasty.jsonl"), "--out", str(corpus / "two"), "--processes", "2")
+        == 0
+    )
     for path in prepared.iterdir():
         assert (corpus / "two" / "nasty" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -117,8 +119,18 @@ def test_tokenizer_sample_is_bounded(monkeypatch):
 
 def test_tokenizer_has_not_seen_validation_text(corpus, tmp_path):
     write_jsonl(tmp_path / "val.jsonl", ["QQQQ " * 300])
-    run("--jsonl", str(corpus / "plain.jsonl"), "--val-jsonl", str(tmp_path / "val.jsonl"), "--vocab-size", "300",
-        "--out", str(tmp_path), "--name", "x")
+    run(
+        "--jsonl",
+        str(corpus / "plain.jsonl"),
+        "--val-jsonl",
+        str(tmp_path / "val.jsonl"),
+        "--vocab-size",
+        "300",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "x",
+    )
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "x" / "tokenizer.model"))
     assert not any("Q" in model.id_to_piece(token) for token in range(260, 300))
 
@@ -133,8 +145,20 @@ def test_split_stays_when_documents_are_added(tmp_path):
 
 
 def test_val_documents_takes_the_first(corpus, tmp_path):
-    run("--jsonl", str(corpus / "plain.jsonl"), "--tokenizer", "byte260", "--val-documents", "3", "--max-documents",
-        "10", "--out", str(tmp_path), "--name", "x")
+    run(
+        "--jsonl",
+        str(corpus / "plain.jsonl"),
+        "--tokenizer",
+        "byte260",
+        "--val-documents",
+        "3",
+        "--max-documents",
+        "10",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "x",
+    )
     texts = [text.encode() for text in documents()]
     assert read_back(tmp_path / "x", "val") == texts[:3] and read_back(tmp_path / "x", "train") == texts[3:10]
 
@@ -143,8 +167,19 @@ def test_val_documents_takes_the_first(corpus, tmp_path):
 def test_copies_of_validation_are_dropped_and_copies_in_train_counted(tmp_path, dedupe):
     train = write_jsonl(tmp_path / "train.jsonl", ["one", "held out", "", "two", "one", "held out", ""])
     val = write_jsonl(tmp_path / "val.jsonl", ["held out"])
-    run("--jsonl", train, "--val-jsonl", val, "--tokenizer", "byte260", "--out", str(tmp_path), "--name", "x",
-        *["--dedupe"] * dedupe)
+    run(
+        "--jsonl",
+        train,
+        "--val-jsonl",
+        val,
+        "--tokenizer",
+        "byte260",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "x",
+        *["--dedupe"] * dedupe,
+    )
     manifest = manifest_of(tmp_path / "x")
     assert read_back(tmp_path / "x", "train") == [b"one", b"two"] + [b"one"] * (not dedupe)
     assert (manifest["dropped_duplicates"], manifest["kept_duplicates"]) == ((3, 0) if dedupe else (2, 1))
@@ -160,8 +195,22 @@ def test_byte260_stores_bytes_plus_four(corpus, tmp_path):
 
 
 def test_normalise_rewrites_counts_and_says_so(corpus, tmp_path, normalising, capsys):
-    assert run("--jsonl", str(corpus / "nasty.jsonl"), "--tokenizer", normalising, "--normalise", "--val-documents",
-               "9", "--out", str(tmp_path), "--name", "x") == 0
+    assert (
+        run(
+            "--jsonl",
+            str(corpus / "nasty.jsonl"),
+            "--tokenizer",
+            normalising,
+            "--normalise",
+            "--val-documents",
+            "9",
+            "--out",
+            str(tmp_path),
+            "--name",
+            "x",
+        )
+        == 0
+    )
     manifest, model = manifest_of(tmp_path / "x"), sentencepiece.SentencePieceProcessor(model_file=normalising)
     rewritten = []
     for text in documents() + NASTY:
@@ -171,13 +220,18 @@ def test_normalise_rewrites_counts_and_says_so(corpus, tmp_path, normalising, ca
     kept = [text for text in rewritten if text]
     assert read_back(tmp_path / "x", "val") + read_back(tmp_path / "x", "train") == kept
     assert manifest["normalised"] and manifest["empty_documents"] == len(rewritten) - len(kept) == 2
-    before = {split: [t.encode() for t in texts] for split, texts in
-              {"val": documents()[:9], "train": documents()[9:] + NASTY}.items()}
+    before = {
+        split: [t.encode() for t in texts]
+        for split, texts in {"val": documents()[:9], "train": documents()[9:] + NASTY}.items()
+    }
     after = {"val": rewritten[:9], "train": rewritten[9:]}
     for split, counts in manifest["rewritten"].items():
         changed = [(a, b) for a, b in zip(before[split], after[split], strict=True) if a != b]
-        assert counts == {"documents": len(changed), "bytes_before": sum(len(a) for a, _ in changed),
-                          "bytes_after": sum(len(b) for _, b in changed)}
+        assert counts == {
+            "documents": len(changed),
+            "bytes_before": sum(len(a) for a, _ in changed),
+            "bytes_after": sum(len(b) for _, b in changed),
+        }
     assert manifest["rewritten_bytes"] == sum(counts["bytes_before"] for counts in manifest["rewritten"].values())
     assert "a score on this text is not one on the original" in capsys.readouterr().out
 
@@ -210,8 +264,20 @@ def test_force_replaces_what_is_there(tmp_path, capsys):
 
 def test_killed_run_leaves_nothing_that_looks_complete(tmp_path):
     file = write_jsonl(tmp_path / "big.jsonl", [" ".join(map(str, range(i, i + 10_000))) for i in range(300)])
-    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "--jsonl", file, "--tokenizer", "byte260", "--out",
-               str(tmp_path / "out"), "--processes", "2", "--shard-tokens", "100000"]
+    command = [
+        sys.executable,
+        str(ROOT / "data" / "prepare.py"),
+        "--jsonl",
+        file,
+        "--tokenizer",
+        "byte260",
+        "--out",
+        str(tmp_path / "out"),
+        "--processes",
+        "2",
+        "--shard-tokens",
+        "100000",
+    ]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = tmp_path / "out" / "big_byte260.partial"
     while not list(partial.glob("fineweb_*.bin")):
@@ -224,14 +290,32 @@ def test_killed_run_leaves_nothing_that_looks_complete(tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     assert os.listdir(tmp_path / "out") == ["big_byte260"] and len(workers) >= 2
     assert manifest_of(tmp_path / "out" / "big_byte260")["splits"]["train"]["documents"] > 200
-    assert not [pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists()
-                and b"multiprocessing" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert not [
+        pid
+        for pid in workers
+        if Path(f"/proc/{pid}/cmdline").exists() and b"multiprocessing" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 def test_prepare_runs_from_any_folder_and_names_the_next_command(corpus, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), "--jsonl", str(corpus / "plain.jsonl"),
-                           "--tokenizer", "byte260", "--out", str(tmp_path), "--processes", "1"], cwd=tmp_path,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "data" / "prepare.py"),
+            "--jsonl",
+            str(corpus / "plain.jsonl"),
+            "--tokenizer",
+            "byte260",
+            "--out",
+            str(tmp_path),
+            "--processes",
+            "1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.endswith("next: DATA_PATH=plain_byte260 python train_gpt.py\n") and not done.stderr
 
 
@@ -239,4 +323,5 @@ def test_benchmark_compares_the_two_loops(prepared):
     texts = [("", text.encode()) for text in documents(40)]
     result = prepare.benchmark(texts, prepared / "tokenizer.model", rounds=2, processes=1)
     assert result["documents"] == 40 and result["speedup"] == pytest.approx(
-        result["kit_documents_per_second"] / result["plain_documents_per_second"])
+        result["kit_documents_per_second"] / result["plain_documents_per_second"]
+    )

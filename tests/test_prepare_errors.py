@@ -25,15 +25,35 @@ ERRORS = {
     "good.txt is not a SentencePiece model": ["--text", "good.txt", "--tokenizer", "good.txt"],
     "pass --normalise to rewrite": ["--text", "good.txt", "--tokenizer", "nfkc.model"],
     "leaves no train document; cut the text into documents with --split-at": [
-        "--text", "good.txt", "--val-documents", "1", "--tokenizer", "byte260"],
-    "--val-fraction 1e-09 leaves no val document": ["--text", "good.txt", "--split-at", "^", "--val-fraction", "1e-9",
-                                                    "--tokenizer", "byte260"],
+        "--text",
+        "good.txt",
+        "--val-documents",
+        "1",
+        "--tokenizer",
+        "byte260",
+    ],
+    "--val-fraction 1e-09 leaves no val document": [
+        "--text",
+        "good.txt",
+        "--split-at",
+        "^",
+        "--val-fraction",
+        "1e-9",
+        "--tokenizer",
+        "byte260",
+    ],
     "empty.txt holds no documents": ["--text", "good.txt", "--val-text", "empty.txt", "--tokenizer", "byte260"],
     "latin.txt document 0 is not UTF-8: byte 3 is 0xe9": ["--text", "latin.txt", "--tokenizer", "byte260"],
     "bad.jsonl line 2 is not JSON": ["--jsonl", "bad.jsonl", "--tokenizer", "byte260"],
     "good.jsonl line 1 has no field 'body'": ["--jsonl", "good.jsonl", "--field", "body", "--tokenizer", "byte260"],
-    "good.jsonl line 1: field 'number' holds int": ["--jsonl", "good.jsonl", "--field", "number", "--tokenizer",
-                                                    "byte260"],
+    "good.jsonl line 1: field 'number' holds int": [
+        "--jsonl",
+        "good.jsonl",
+        "--field",
+        "number",
+        "--tokenizer",
+        "byte260",
+    ],
     "half of a surrogate pair": ["--jsonl", "half.jsonl", "--tokenizer", "byte260"],
     "--hf ./nowhere cannot be read": ["--hf", "./nowhere"],
 }
@@ -63,8 +83,21 @@ def test_mistakes_give_one_sentence_and_no_files(message, tmp_path, monkeypatch,
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_space_mark_of_sentencepiece_is_a_named_error(tmp_path, capsys, processes):
     file = write_jsonl(tmp_path / "x.jsonl", [*documents(40), "good until\u2581here"])
-    assert run("--jsonl", file, "--vocab-size", "300", "--val-fraction", "0.2", "--out", str(tmp_path),
-               "--processes", processes) == 2
+    assert (
+        run(
+            "--jsonl",
+            file,
+            "--vocab-size",
+            "300",
+            "--val-fraction",
+            "0.2",
+            "--out",
+            str(tmp_path),
+            "--processes",
+            processes,
+        )
+        == 2
+    )
     message = capsys.readouterr().err
     digest = hashlib.sha256("good until\u2581here".encode()).hexdigest()[:32]
     assert f"x.jsonl line 41 (sha256 {digest}) does not survive" in message and "from byte 10 on '▁here'" in message

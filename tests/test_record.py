@@ -122,7 +122,7 @@ def test_an_interrupted_run_is_filed_only_on_demand(copied, tmp_path, capsys):
     change_result(runs[0] / "train.log", interrupted=True)
     assert file_runs(script, runs, tmp_path / "records") == 1
     assert file_runs(script, runs, tmp_path / "records", "--allow-interrupted") == 0
-    assert "interrupted by hand: seed 1337" in next(tmp_path.glob("records/*/*/README.md")).read_text()
+    assert "Interrupted by hand: seed 1337" in next(tmp_path.glob("records/*/*/README.md")).read_text()
 
 
 def cut_result(runs: list[Path]) -> None:

@@ -13,19 +13,27 @@ NAME = "2026-11-22_first_try"
 
 def stock_log(val_bpb: float, seed: int = 1337, bytes_total: int = 15_000_000) -> str:
     """Returns a log in upstream's grammar."""
-    return "\n".join([
-        "val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=./data/tokenizers/some.model",
-        "train_loader:dataset:fineweb10B_sp1024 train_shards:80",
-        f"seed:{seed}", "world_size:8 grad_accum_steps:1", "warmup_step:1/20",
-        "step:0/20000 val_loss:6.9000 val_bpb:4.1000 train_time:0ms step_avg:0.01ms",
-        "step:200/20000 train_loss:2.7700 train_time:8712ms step_avg:43.56ms",
-        "step:400/20000 train_loss:2.5000 train_time:17000ms step_avg:42.50ms",
-        "step:13780/20000 val_loss:2.0606 val_bpb:1.2172 train_time:599038ms step_avg:43.54ms",
-        "stopping_early: wallclock_cap train_time:599038ms step:13780/20000",
-        "Serialized model: 67000000 bytes", "Code size: 47642 bytes", "Total submission size: 67047642 bytes",
-        f"Total submission size int8+zlib: {bytes_total} bytes",
-        f"final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:{val_bpb:.4f} eval_time:1401ms",
-        f"final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:{val_bpb:.8f}", ""])
+    return "\n".join(
+        [
+            "val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=./data/tokenizers/some.model",
+            "train_loader:dataset:fineweb10B_sp1024 train_shards:80",
+            f"seed:{seed}",
+            "world_size:8 grad_accum_steps:1",
+            "warmup_step:1/20",
+            "step:0/20000 val_loss:6.9000 val_bpb:4.1000 train_time:0ms step_avg:0.01ms",
+            "step:200/20000 train_loss:2.7700 train_time:8712ms step_avg:43.56ms",
+            "step:400/20000 train_loss:2.5000 train_time:17000ms step_avg:42.50ms",
+            "step:13780/20000 val_loss:2.0606 val_bpb:1.2172 train_time:599038ms step_avg:43.54ms",
+            "stopping_early: wallclock_cap train_time:599038ms step:13780/20000",
+            "Serialized model: 67000000 bytes",
+            "Code size: 47642 bytes",
+            "Total submission size: 67047642 bytes",
+            f"Total submission size int8+zlib: {bytes_total} bytes",
+            f"final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:{val_bpb:.4f} eval_time:1401ms",
+            f"final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:{val_bpb:.8f}",
+            "",
+        ]
+    )
 
 
 @pytest.fixture
@@ -52,13 +60,32 @@ def test_kit_record_is_read_without_a_problem(folder):
         results[str(seed)] = {"val_bpb": val_bpb, "val_loss": 2.0, "bytes_total": 900_000, "log": name}
         (folder / "logs").mkdir(exist_ok=True)
         result = {"seed": seed, "val_bpb": val_bpb, "val_loss": 2.0, "dataset": "w_sp1024", "val_bytes": 99}
-        (folder / name).write_text(f'config:{{"seed": {seed}}}\nstep:1/2 train_loss:3.0 train_time:5ms step_avg:5ms\n'
-                                   f"phase:train begin_seconds:1.5 end_seconds:2.5\nresult:{json.dumps(result)}\n")
-    record = read(folder, {
-        "author": "Ada", "github_id": "ada", "name": "First", "blurb": "words", "date": "2026-11-22", "arch": "gpt",
-        "val_bpb": 1.22, "val_loss": 2.0, "val_bpb_std": 0.02, "seeds": [1337, 42, 7], "seed_results": results,
-        "bytes_code": 50_000, "bytes_total": 900_000, "dataset": "w_sp1024", "val_bytes": 99, "hardware": "2x CPU",
-        "verdict": {"status": "pass", "reasons": []}})
+        (folder / name).write_text(
+            f'config:{{"seed": {seed}}}\nstep:1/2 train_loss:3.0 train_time:5ms step_avg:5ms\n'
+            f"phase:train begin_seconds:1.5 end_seconds:2.5\nresult:{json.dumps(result)}\n"
+        )
+    record = read(
+        folder,
+        {
+            "author": "Ada",
+            "github_id": "ada",
+            "name": "First",
+            "blurb": "words",
+            "date": "2026-11-22",
+            "arch": "gpt",
+            "val_bpb": 1.22,
+            "val_loss": 2.0,
+            "val_bpb_std": 0.02,
+            "seeds": [1337, 42, 7],
+            "seed_results": results,
+            "bytes_code": 50_000,
+            "bytes_total": 900_000,
+            "dataset": "w_sp1024",
+            "val_bytes": 99,
+            "hardware": "2x CPU",
+            "verdict": {"status": "pass", "reasons": []},
+        },
+    )
     assert record.problems == [] and record.notes == [] and record.doubts == []
     assert (record.val_bpb, record.num_seeds, record.verdict, record.arch) == (1.22, 3, "pass", "gpt")
     assert record.val_bpb_std == pytest.approx(0.02)
@@ -66,20 +93,23 @@ def test_kit_record_is_read_without_a_problem(folder):
     assert (record.dataset, record.val_bytes, record.bytes_total) == ("w_sp1024", 99, 900_000)
 
 
-@pytest.mark.parametrize(("submission", "num_seeds"), [
-    ({"val_bpb": 1.25}, 1),
-    ({"val_bpb": "1.25"}, 1),
-    ({"mean_val_bpb": 1.25, "p_value": "< 0.01"}, 1),
-    ({"best_10min_val_bpb": 1.25, "best_10min_step": 4}, 1),
-    ({"sliding_val_bpb": 1.25, "pre_quant_val_bpb": 1.2, "leaderboard_best_bpb_then": 1.1, "baseline_bpb": 1.3}, 1),
-    ({"results": {"val_bpb": 1.25}}, 1),
-    ({"val_bpb": 1.25, "seeds": [1, 2, 3]}, 3),
-    ({"val_bpb": 1.25, "seeds": {"1": {"val_bpb": 1.24}, "2": {"val_bpb": 1.26}}}, 2),
-    ({"val_bpb": 1.25, "seeds": [1, 2], "seed_results": {"1": {"val_bpb": "1.24"}, "2": {"val_bpb": "1.26"}}}, 2),
-    ({"val_bpb": 1.25, "seed_results": {"seed_1": 1.24, "seed_2": 1.26}}, 2),
-    ({"val_bpb": 1.25, "seed_results": {"final": {"1": {"sliding_bpb": 1.24}, "2": {"sliding_bpb": 1.26}}}}, 2),
-    ({"val_bpb": 1.25, "runs": [{"seed": 1, "val_bpb": 1.24}, {"seed": 2, "val_bpb": 1.26}]}, 2),
-])
+@pytest.mark.parametrize(
+    ("submission", "num_seeds"),
+    [
+        ({"val_bpb": 1.25}, 1),
+        ({"val_bpb": "1.25"}, 1),
+        ({"mean_val_bpb": 1.25, "p_value": "< 0.01"}, 1),
+        ({"best_10min_val_bpb": 1.25, "best_10min_step": 4}, 1),
+        ({"sliding_val_bpb": 1.25, "pre_quant_val_bpb": 1.2, "leaderboard_best_bpb_then": 1.1, "baseline_bpb": 1.3}, 1),
+        ({"results": {"val_bpb": 1.25}}, 1),
+        ({"val_bpb": 1.25, "seeds": [1, 2, 3]}, 3),
+        ({"val_bpb": 1.25, "seeds": {"1": {"val_bpb": 1.24}, "2": {"val_bpb": 1.26}}}, 2),
+        ({"val_bpb": 1.25, "seeds": [1, 2], "seed_results": {"1": {"val_bpb": "1.24"}, "2": {"val_bpb": "1.26"}}}, 2),
+        ({"val_bpb": 1.25, "seed_results": {"seed_1": 1.24, "seed_2": 1.26}}, 2),
+        ({"val_bpb": 1.25, "seed_results": {"final": {"1": {"sliding_bpb": 1.24}, "2": {"sliding_bpb": 1.26}}}}, 2),
+        ({"val_bpb": 1.25, "runs": [{"seed": 1, "val_bpb": 1.24}, {"seed": 2, "val_bpb": 1.26}]}, 2),
+    ],
+)
 def test_score_and_seeds_are_found_in_every_shape(folder, submission, num_seeds):
     record = read(folder, submission)
     assert record.val_bpb == 1.25 and record.num_seeds == num_seeds
@@ -92,9 +122,16 @@ def test_placeholder_is_no_score(folder, placeholder):
     assert record.val_bpb is None and "no score in submission.json" in record.problems
 
 
-@pytest.mark.parametrize("submission", [
-    pytest.param('{"val_bpb": 1.2', id="cut"), pytest.param("[1, 2]", id="list"), pytest.param("", id="empty"),
-    pytest.param("[" * 100_000, id="deep"), pytest.param('{"val_bpb": ' + "9" * 5000 + "}", id="long number")])
+@pytest.mark.parametrize(
+    "submission",
+    [
+        pytest.param('{"val_bpb": 1.2', id="cut"),
+        pytest.param("[1, 2]", id="list"),
+        pytest.param("", id="empty"),
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param('{"val_bpb": ' + "9" * 5000 + "}", id="long number"),
+    ],
+)
 def test_invalid_json_leaves_the_score_to_the_logs(folder, submission):
     record = read(folder, submission, train=stock_log(1.2244))
     assert record.val_bpb == 1.2244 and len(record.problems) == 2
@@ -172,8 +209,13 @@ def test_nesting_of_any_depth_is_harmless(folder, key):
 
 
 def test_problems_of_the_evidence_are_named(folder):
-    record = read(folder, {"val_bpb": 1.2, "seeds": [1, 2, 3], "bytes_total": 16_000_001},
-                  train_seed1=stock_log(1.2, 1), train_seed2=stock_log(1.2, 1), train_seed3=stock_log(1.3, 1)[:700])
+    record = read(
+        folder,
+        {"val_bpb": 1.2, "seeds": [1, 2, 3], "bytes_total": 16_000_001},
+        train_seed1=stock_log(1.2, 1),
+        train_seed2=stock_log(1.2, 1),
+        train_seed3=stock_log(1.3, 1)[:700],
+    )
     assert [problem[:3] for problem in record.problems] == ["R11", "R11", "R10", "R11"]
     assert "are the same log" in record.problems[0] and "train_seed3.log is a run of seed 1" in record.problems[1]
     assert "1 over the cap" in record.problems[2] and "3 seeds are listed, 1 log(s)" in record.problems[3]
@@ -206,12 +248,17 @@ def noise(generator: random.Random) -> bytes:
     if generator.random() < 0.2:
         return generator.randbytes(generator.randrange(400))
     deep = {"seeds": {"1": {"seeds": [None, {"seed": "x"}, [[]]]}, "\ud800": 1e308}, "verdict": [1], "val_bpb": -1e999}
-    text = generator.choice([
-        stock_log(generator.choice([1.2, 0.0, 99.9])), json.dumps(deep), json.dumps({"result": {"val_bpb": "1e9"}}),
-        json.dumps({"val_bpb": 1.2, "bytes_total": 10**300, "seeds": 5, "name": {}, "blurb": [[{}]], "date": 7}),
-        'config:{"seed": [1]}\nresult:{"val_bpb": {}, "seed": 1e30, "val_bytes": -4, "hardware": []}',
-        "step:999999999999/1 train_loss:1e300 train_time:-1e300ms\nfinal val_loss:1e-300 val_bpb:1.1"])
-    raw = bytearray(text.encode())[:generator.randrange(len(text) + 1)]
+    text = generator.choice(
+        [
+            stock_log(generator.choice([1.2, 0.0, 99.9])),
+            json.dumps(deep),
+            json.dumps({"result": {"val_bpb": "1e9"}}),
+            json.dumps({"val_bpb": 1.2, "bytes_total": 10**300, "seeds": 5, "name": {}, "blurb": [[{}]], "date": 7}),
+            'config:{"seed": [1]}\nresult:{"val_bpb": {}, "seed": 1e30, "val_bytes": -4, "hardware": []}',
+            "step:999999999999/1 train_loss:1e300 train_time:-1e300ms\nfinal val_loss:1e-300 val_bpb:1.1",
+        ]
+    )
+    raw = bytearray(text.encode())[: generator.randrange(len(text) + 1)]
     for _ in range(generator.randrange(4) if raw else 0):
         raw[generator.randrange(len(raw))] = generator.randrange(256)
     return bytes(raw)

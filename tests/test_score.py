@@ -27,7 +27,9 @@ class Uniform(torch.nn.Module):
 
     def nats(self, input_ids, target_ids, start=0):
         logits = torch.zeros(*input_ids[:, start:].shape, self.vocab_size)
-        return F.cross_entropy(logits.flatten(0, 1), target_ids[:, start:].flatten(), reduction="none").view(len(input_ids), -1)
+        return F.cross_entropy(logits.flatten(0, 1), target_ids[:, start:].flatten(), reduction="none").view(
+            len(input_ids), -1
+        )
 
 
 def test_uniform_logits_score_log2_of_the_vocabulary_times_tokens_over_bytes():
@@ -58,7 +60,7 @@ def test_a_stream_is_scored_as_one_window_at_a_time_would_be(stride):
 
 
 def test_sliding_windows_score_better_than_windows_side_by_side(finished, data):
-    model, plan, _ = train_gpt.load_artifact((finished[1] / "model.bin").read_bytes(), CPU.device)
+    model, _plan, _ = train_gpt.load_artifact((finished[1] / "model.bin").read_bytes(), CPU.device)
     tokens = train_gpt.read_shard(data / "fineweb_val_000000.bin")[:3000]
     plain, sliding = (train_gpt.score_stream(model, tokens, train_gpt.ScorePlan(32, s), CPU).mean() for s in (32, 4))
     assert sliding < plain
@@ -76,7 +78,9 @@ def test_earlier_scores_do_not_move_by_a_bit_when_the_suffix_changes():
 def test_ranks_share_the_work_and_together_score_everything():
     model, tokens, plan = shake(tiny("gpt")), some_tokens(700).numpy(), train_gpt.ScorePlan(16, 16)
     alone = train_gpt.score_stream(model, tokens, plan, CPU, 64)
-    parts = [train_gpt.score_stream(model, tokens, plan, train_gpt.Machine(CPU.device, rank, 3), 64) for rank in range(3)]
+    parts = [
+        train_gpt.score_stream(model, tokens, plan, train_gpt.Machine(CPU.device, rank, 3), 64) for rank in range(3)
+    ]
     assert np.array_equal(sum(parts), alone) and all((part == 0).any() for part in parts)
 
 
@@ -92,7 +96,14 @@ def test_run_packed_run_and_score_request_agree(finished, data, tmp_path):
 
 def test_score_server_answers_bad_requests_and_goes_on(finished, data, tmp_path):
     good = {"tokens": str(data / "fineweb_val_000000.bin"), "nats": str(tmp_path / "n")}
-    lines = ["not json", "[]", "{}", json.dumps(good | {"tokens": "/nowhere"}), json.dumps(good | {"tokens": __file__}), json.dumps(good)]
+    lines = [
+        "not json",
+        "[]",
+        "{}",
+        json.dumps(good | {"tokens": "/nowhere"}),
+        json.dumps(good | {"tokens": __file__}),
+        json.dumps(good),
+    ]
     done = run_script({}, "score", str(finished[1] / "model.bin"), input="\n".join(lines))
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert ["error" in a for a in answers] == [True] * 5 + [False] and done.returncode == 0
@@ -128,12 +139,27 @@ def test_a_model_observes_each_target_once_in_order_and_only_after_its_score(str
     assert model.events == ["score", "observe"] * (len(model.events) // 2)
 
 
-NASTY = ["plain words", "  two leading spaces", "tabs\tand\nlines\r\n\n", "emoji 🙂 and ‮ marks", "ünï çödé", "a" * 300, "1234 5678", " "]
+NASTY = [
+    "plain words",
+    "  two leading spaces",
+    "tabs\tand\nlines\r\n\n",
+    "emoji 🙂 and ‮ marks",
+    "ünï çödé",
+    "a" * 300,
+    "1234 5678",
+    " ",
+]
 
 
 @pytest.fixture(scope="module")
 def lossless(tmp_path_factory, text):
-    return spm(tmp_path_factory, text, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False)
+    return spm(
+        tmp_path_factory,
+        text,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +171,13 @@ def spm(tmp_path_factory, text: bytes, **options) -> str:
     path, model = tmp_path_factory.mktemp("spm") / "t.model", io.BytesIO()
     lines = iter(text[:200_000].decode(errors="ignore").splitlines())
     SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, vocab_size=500, model_type="bpe", byte_fallback=True, minloglevel=2, **options
+        sentence_iterator=lines,
+        model_writer=model,
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
     )
     path.write_bytes(model.getvalue())
     return str(path)

@@ -22,13 +22,31 @@ def test_text_files_are_one_document_each(tmp_path):
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     files[0].write_bytes(b"first\n")
     files[1].write_bytes(b"second")
-    run("--text", *map(str, files), "--val-documents", "1", "--tokenizer", "byte260", "--out", str(tmp_path), "--name",
-        "x")
+    run(
+        "--text",
+        *map(str, files),
+        "--val-documents",
+        "1",
+        "--tokenizer",
+        "byte260",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "x",
+    )
     assert read_back(tmp_path / "x", "val") == [b"first\n"] and read_back(tmp_path / "x", "train") == [b"second"]
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, lambda data: b"".join(
-    zstandard.compress(data[start:start + 70_000]) for start in range(0, len(data), 70_000))], ids=["gz", "zst"])
+@pytest.mark.parametrize(
+    "compress",
+    [
+        gzip.compress,
+        lambda data: b"".join(
+            zstandard.compress(data[start : start + 70_000]) for start in range(0, len(data), 70_000)
+        ),
+    ],
+    ids=["gz", "zst"],
+)
 def test_compressed_files_read_like_plain_ones(tmp_path, compress):
     plain = Path(write_jsonl(tmp_path / "x.jsonl", documents() + NASTY)).read_bytes()
     packed = tmp_path / ("x.jsonl.gz" if compress is gzip.compress else "x.jsonl.zst")
@@ -49,8 +67,20 @@ def test_hub_data_sets_are_streamed(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "train.jsonl", ["one", "", "two", "three"], "body")
-    run("--hf", str(tmp_path / "set"), "--field", "body", "--val-documents", "1", "--max-documents", "2", "--tokenizer",
-        "byte260", "--out", str(tmp_path))
+    run(
+        "--hf",
+        str(tmp_path / "set"),
+        "--field",
+        "body",
+        "--val-documents",
+        "1",
+        "--max-documents",
+        "2",
+        "--tokenizer",
+        "byte260",
+        "--out",
+        str(tmp_path),
+    )
     folder = tmp_path / "set_byte260"
     assert read_back(folder, "val") == [b"one"] and read_back(folder, "train") == [b"two"]
     assert not list(folder.glob("documents*"))

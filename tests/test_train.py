@@ -1,6 +1,7 @@
 """The script, run as a user runs it: clock, log, ranks, signals, and what happens when something goes wrong."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -43,15 +44,27 @@ def test_log_starts_with_the_settings_and_keeps_upstreams_grammar(finished):
     assert config["num_layers"] == 2 and config["arch"] == "gpt"
     step = r"step:\d+/30 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms"
     assert sum(bool(re.match(step, line)) for line in lines) == 30
-    assert sum(bool(re.match(r"step:30/30 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", line)) for line in lines) == 1
-    assert any(re.match(r"final_int8_zstd_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}$", line) for line in lines)
+    assert (
+        sum(
+            bool(re.match(r"step:30/30 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", line))
+            for line in lines
+        )
+        == 1
+    )
+    assert any(
+        re.match(r"final_int8_zstd_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}$", line) for line in lines
+    )
 
 
 def test_phases_follow_each_other_without_gap_or_overlap(finished):
     _, _, lines = finished
-    phases = [re.match(r"phase:(\w+) begin_seconds:(\S+) end_seconds:(\S+)", line) for line in lines if line.startswith("phase:")]
+    phases = [
+        re.match(r"phase:(\w+) begin_seconds:(\S+) end_seconds:(\S+)", line)
+        for line in lines
+        if line.startswith("phase:")
+    ]
     assert [m[1] for m in phases] == ["setup", "warmup", "train", "validate", "export", "score"]
-    assert all(a[3] == b[2] for a, b in zip(phases, phases[1:], strict=False))
+    assert all(a[3] == b[2] for a, b in itertools.pairwise(phases))
 
 
 def test_score_identity_holds(finished):
@@ -69,7 +82,13 @@ def test_two_processes_train_like_one(data, tmp_path):
     settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, ITERATIONS=6, BF16=0)
     one = run_script(settings | dict(RUN_ID="one"))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
-    two = subprocess.run([sys.executable, *command], env=environment(settings | dict(RUN_ID="two")), cwd=ROOT, capture_output=True, text=True)
+    two = subprocess.run(
+        [sys.executable, *command],
+        env=environment(settings | dict(RUN_ID="two")),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     results = result_of(one), result_of(two)
     assert [r["world_size"] for r in results] == [1, 2]
     curves = [[float(x) for x in re.findall(r"train_loss:(\S+)", done.stdout)] for done in (one, two)]
@@ -79,17 +98,34 @@ def test_two_processes_train_like_one(data, tmp_path):
 
 def test_same_seed_gives_the_same_artifact_and_another_seed_does_not(data, tmp_path):
     settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, ITERATIONS=3)
-    digests = [result_of(run_script(settings | dict(RUN_ID=i, SEED=seed)))["artifact_sha256"] for i, seed in enumerate((1, 1, 2))]
+    digests = [
+        result_of(run_script(settings | dict(RUN_ID=i, SEED=seed)))["artifact_sha256"]
+        for i, seed in enumerate((1, 1, 2))
+    ]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_training_ends_before_the_cap_and_close_to_it(data, tmp_path):
-    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="cap", ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=3, TRAIN_LOG_EVERY=1000)
+    settings = TINY | dict(
+        DATA_PATH=data,
+        OUT_DIR=tmp_path,
+        RUN_ID="cap",
+        ITERATIONS=100_000,
+        MAX_WALLCLOCK_SECONDS=3,
+        TRAIN_LOG_EVERY=1000,
+    )
     done = run_script(settings)
     result = result_of(done)
     begin, end = re.search(r"phase:train begin_seconds:(\S+) end_seconds:(\S+)", done.stdout).groups()
     assert 2 < float(end) - float(begin) <= 3 and result["train_seconds"] <= 3
     assert "stopping_early: wallclock_cap" in done.stdout and result["mean_lr_scale"] > 0.3
+
+
+def test_validation_in_mid_run_costs_clock_time_and_is_left_out_where_it_does_not_fit(data, tmp_path):
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="v", ITERATIONS=100_000, TRAIN_LOG_EVERY=10_000)
+    done = run_script(settings | dict(MAX_WALLCLOCK_SECONDS=4, VAL_LOSS_EVERY=20))
+    assert result_of(done)["train_seconds"] <= 4
+    assert len(re.findall(r"^step:\d+/100000 val_loss", done.stdout, flags=re.M)) >= 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -113,9 +149,15 @@ def test_a_second_signal_leaves_at_once(data, tmp_path):
 
 def start_endless_run(data, tmp_path, **settings) -> subprocess.Popen:
     """A run that trains until it is stopped, past its first step."""
-    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="endless", ITERATIONS=10**9, MAX_WALLCLOCK_SECONDS=0) | settings
+    settings = (
+        TINY
+        | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="endless", ITERATIONS=10**9, MAX_WALLCLOCK_SECONDS=0)
+        | settings
+    )
     command = [sys.executable, str(ROOT / "train_gpt.py")]
-    running = subprocess.Popen(command, env=environment(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = subprocess.Popen(
+        command, env=environment(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for line in running.stdout:
         if line.startswith("step:1/" if settings["TRAIN_BATCH_TOKENS"] < 1000 else "phase:warmup"):
             return running
@@ -178,7 +220,9 @@ def test_a_wrong_setting_is_answered_with_one_sentence(monkeypatch, capsys, sett
         (dict(TRAIN_SEQ_LEN=400_000, TRAIN_BATCH_TOKENS=400_000), "no training shard is longer than two windows"),
     ],
 )
-def test_a_setting_that_does_not_fit_the_data_is_answered_with_one_sentence(data, monkeypatch, capsys, settings, sentence):
+def test_a_setting_that_does_not_fit_the_data_is_answered_with_one_sentence(
+    data, monkeypatch, capsys, settings, sentence
+):
     assert refusal(monkeypatch, capsys, **TINY | dict(DATA_PATH=data) | settings).startswith(sentence)
 
 
@@ -198,7 +242,9 @@ def test_damaged_data_is_named(text, tmp_path, monkeypatch, capsys):
     assert "its header promises 11026" in refused(train, kept[train][:-2])
     assert "is not a token shard" in refused(train, b"\0" * 2000)
     assert "is not the file that manifest.json describes" in refused(val, kept[val][:-1] + b"\1")
-    assert "is not the tokenizer that made" in refused(folder / "tokenizer.json", kept[folder / "tokenizer.json"] + b" ")
+    assert "is not the tokenizer that made" in refused(
+        folder / "tokenizer.json", kept[folder / "tokenizer.json"] + b" "
+    )
 
 
 def test_a_tokenizer_that_does_not_fit_is_caught_by_the_byte_ledger(text, tmp_path, monkeypatch, capsys):
@@ -219,7 +265,10 @@ def test_upstream_shards_without_a_manifest_need_a_tokenizer(text, tmp_path, mon
 
 
 def loader_of(data, seed: int = 1, rank: int = 0, world: int = 1) -> train_gpt.TokenLoader:
-    run, config = train_gpt.RunConfig(seed=seed, train_batch_tokens=256), train_gpt.ModelConfig(vocab_size=260, train_seq_len=32)
+    run, config = (
+        train_gpt.RunConfig(seed=seed, train_batch_tokens=256),
+        train_gpt.ModelConfig(vocab_size=260, train_seq_len=32),
+    )
     machine = dataclasses.replace(CPU, rank=rank, world_size=world)
     return train_gpt.TokenLoader([str(data / "fineweb_train_000000.bin")], run, config, machine)
 
@@ -290,5 +339,10 @@ def test_help_and_unknown_arguments_are_answered(capsys):
 
 
 def test_importing_the_script_starts_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import train_gpt"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import train_gpt"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, b"", b"", [])

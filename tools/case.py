@@ -63,7 +63,14 @@ def config_of(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def is_plain(path: Path) -> bool:
+    """Whether it is a file, not a link, pipe or device that opening would follow or wait for."""
+    return path.is_file() and not path.is_symlink()
+
+
 def sha256(path: Path) -> str:
+    if not is_plain(path):
+        raise ValueError(f"{path.name} is missing or not a plain file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -110,7 +117,8 @@ class Case:
 
     @cached_property
     def submission(self) -> dict:
-        value, _ = load_json(read_text(self.folder / "submission.json", []))
+        path = self.folder / "submission.json"
+        value, _ = load_json(read_text(path, []) if is_plain(path) else "")
         return value if isinstance(value, dict) else {}
 
     @cached_property
@@ -127,8 +135,3 @@ class Case:
         """The artifacts in the folder, by seed."""
         named = [(re.fullmatch(r"model_seed(\d{1,18})", path.stem), path) for path in self.folder.glob("*.bin")]
         return {int(match[1]): path for match, path in sorted(named, key=str) if match and is_plain(path)}
-
-
-def is_plain(path: Path) -> bool:
-    """Whether it is a file, not a link, pipe or device that opening would follow or wait for."""
-    return path.is_file() and not path.is_symlink()

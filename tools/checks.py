@@ -66,6 +66,9 @@ def package(case: Case) -> tuple[list[str], str]:
     for key in ("val_loss_std", "val_bpb_std"):
         if said.get(key, "") is not None:
             problems += [f"submission.json: {problem}" for problem in mistyped(said, {key: float})]
+    verdict = said.get("verdict")
+    if isinstance(verdict, dict) and verdict.get("status") not in ("pass", "fail", "unverified"):
+        problems.append("submission.json: verdict has no status pass, fail or unverified")
     by_seed = said.get("seed_results")
     for seed, result in by_seed.items() if isinstance(by_seed, dict) else ():
         problems += [f"submission.json: seed {text(seed)}: {problem}"

@@ -18,13 +18,13 @@ from architectures import load_architecture, names
 from architectures.layers import LanguageModel, ModelConfig, is_control
 from train_gpt import Machine, RunConfig, Trainer, compile_pays, from_env, make_machine, micro_batch_count
 
-COMPILED_GRAPHS = 256  # of one function by all models here; beyond its own limit torch runs eagerly without a word
+COMPILED_GRAPHS = 256  # of one function by all models here; beyond its own limit torch goes on uncompiled
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-3, 5e-3  # of a loss, relative
 LAP_SECONDS = 0.5
 
 
 def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
-    """The matrix (R, C) with singular values near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
+    """The matrix (R, C), singular values near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
     x = matrix / (matrix.norm() + 1e-7)
     x = x.T if matrix.size(0) > matrix.size(1) else x
     for _ in range(steps):
@@ -156,7 +156,7 @@ def kit_stepper(model: LanguageModel, run: RunConfig, machine: Machine, micro_ba
     """train_gpt.py's own step, at the base rates."""
     model.compute_dtype = machine.dtype
     trainer = Trainer(model, run, machine, micro_batches)
-    return Stepper(lambda batch, step: trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0])[0], model, batches)
+    return Stepper(lambda batch, step: trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0], model, batches)
 
 
 def chosen_machine(run: RunConfig) -> Machine:

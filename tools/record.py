@@ -1,10 +1,10 @@
 """Files runs as a record: one folder with README.md, submission.json, the packed script, logs and the artifact.
 
-    python -m tools.record runs/gpt_1337 runs/gpt_42 runs/gpt_7 --script packed.py --name gpt_baseline \\
-        --author "Ada Lovelace" --github-id ada --blurb "The baseline at 12 layers."      one run folder per seed
+    python -m tools.record runs/a runs/b runs/c --script packed.py --name x --author Ada --github-id ada --blurb "..."
     python -m tools.record RUN ... --track 10min_16mb --out records --date 2026-11-22     another track, place, day
+    python -m tools.record RUN ... --allow-interrupted                                    a run that was stopped by hand
 
-Every run must be one of the packed script: `python -m tools.pack gpt -o packed.py`, then `SEED=42 python packed.py`.
+RUN is the folder of one seed's run of the packed script: `python -m tools.pack gpt -o packed.py`, `python packed.py`.
 All numbers are taken from the logs. A folder that would not pass the rules of tools.verify is not written.
 """
 
@@ -85,23 +85,18 @@ def check_together(runs: list[Run], script: Path, track: str) -> None:
 def submission(runs: list[Run], args: argparse.Namespace) -> dict:
     """Returns the content of submission.json."""
     results = [run.result for run in runs]
-    first, losses, scores = results[0], [r["val_loss"] for r in results], [r["val_bpb"] for r in results]
+    losses, scores = [r["val_loss"] for r in results], [r["val_bpb"] for r in results]
     spread = stdev if len(runs) > 1 else lambda values: None
-    return {
-        "author": args.author, "github_id": args.github_id, "name": args.name, "blurb": args.blurb,
-        "date": args.date, "track": args.track, "arch": first["arch"],
-        "val_loss": fmean(losses), "val_bpb": fmean(scores),
-        "val_loss_std": spread(losses), "val_bpb_std": spread(scores),
-        "seeds": [result["seed"] for result in results],
-        "seed_results": {str(r["seed"]): {key: r[key] for key in SEED_RESULT}
-                         | {"log": f"logs/train_seed{r['seed']}.log"} for r in results},
-        "bytes_code": first["bytes_code"], "bytes_model_max": max(r["bytes_model"] for r in results),
-        "bytes_total": max(r["bytes_total"] for r in results), "cap_seconds": first["cap_seconds"],
-        "dataset": first["dataset"], "val_bytes": first["val_bytes"], "val_tokens": first["val_tokens"],
-        "hardware": "; ".join(dict.fromkeys(r["hardware"] for r in results)),
-        "torch": "; ".join(dict.fromkeys(r["torch"] for r in results)), "params": first["params"],
-        "verdict": {"status": "unverified", "reasons": [], "verified_with": ""},
-    }
+    said = {key: getattr(args, key) for key in ("author", "github_id", "name", "blurb", "date", "track")}
+    said |= {"arch": results[0]["arch"], "val_loss": fmean(losses), "val_bpb": fmean(scores),
+             "val_loss_std": spread(losses), "val_bpb_std": spread(scores), "seeds": [r["seed"] for r in results]}
+    said["seed_results"] = {str(r["seed"]): {key: r[key] for key in SEED_RESULT}
+                            | {"log": f"logs/train_seed{r['seed']}.log"} for r in results}
+    said |= {"bytes_code": results[0]["bytes_code"], "bytes_model_max": max(r["bytes_model"] for r in results),
+             "bytes_total": max(r["bytes_total"] for r in results)}
+    said |= {key: results[0][key] for key in ("cap_seconds", "dataset", "val_bytes", "val_tokens", "params")}
+    said |= {key: "; ".join(dict.fromkeys(r[key] for r in results)) for key in ("hardware", "torch")}
+    return said | {"verdict": {"status": "unverified", "reasons": [], "verified_with": ""}}
 
 
 def script_defaults(source: str) -> dict[str, str]:
@@ -127,9 +122,9 @@ def command(run: Run, source: str, script: str) -> str:
     """Returns the shell command that repeats a run: every setting that differs from the script's own default."""
     defaults, result = script_defaults(source), run.result
     values = {name: as_variable(value) for name, value in run.config.items() if name not in NOT_SETTINGS}
-    changed = {name: value for name, value in values.items() if defaults.get(name) != value}
-    settings = {"data_path": f"data/datasets/{result['dataset']}", "seed": result["seed"]} | changed
-    variables = " ".join(f"{name.upper()}={shlex.quote(str(value))}" for name, value in settings.items())
+    settings = {"data_path": f"data/datasets/{result['dataset']}", "seed": str(result["seed"])}
+    settings |= {name: value for name, value in values.items() if defaults.get(name) != value}
+    variables = " ".join(f"{name.upper()}={shlex.quote(value)}" for name, value in settings.items())
     many = f"torchrun --standalone --nproc_per_node={result['world_size']}"
     return f"{variables} {many if result['world_size'] > 1 else 'python'} {script}"
 
@@ -171,9 +166,8 @@ def readme(runs: list[Run], said: dict, source: str, place: str) -> str:
     """Returns the text of README.md; every number comes from the logs."""
     row = ("| {seed} | {val_bpb:.6f} | {val_loss:.6f} | {steps:,} | {train_seconds:.3f} | {score_seconds:.3f} | "
            "{bytes_model:,} | {bytes_total:,} |")
-    interrupted = [str(run.result["seed"]) for run in runs if run.result["interrupted"]]
     notes = ["One seed: nothing is known about the spread."] if len(runs) == 1 else []
-    notes += [f"Training was interrupted by hand: seed {', '.join(interrupted)}."] if interrupted else []
+    notes += [f"Interrupted by hand: seed {run.result['seed']}." for run in runs if run.result["interrupted"]]
     stds = {key: "none" if said[key] is None else f"{said[key]:.6f}" for key in ("val_bpb_std", "val_loss_std")}
     cap = f", at most {said['cap_seconds']:g} s" if said["cap_seconds"] else ", without a cap"
     return README.format(
@@ -204,10 +198,9 @@ def record(args: argparse.Namespace) -> Path:
     """Files the runs and returns the record's folder."""
     if not re.fullmatch(r"[a-z0-9_.-]+", args.name):
         raise ValueError(f"--name {args.name} must be made of a-z, 0-9, _ . and -")
-    for name in ("author", "github_id", "blurb"):
-        setattr(args, name, text(getattr(args, name)))
-        if not getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} must not be empty")
+    args.author, args.github_id, args.blurb = text(args.author), text(args.github_id), text(args.blurb)
+    if not (args.author and args.github_id and args.blurb):
+        raise ValueError("--author, --github-id and --blurb must not be empty")
     date.fromisoformat(args.date)
     runs = [read_run(folder, args.allow_interrupted) for folder in args.runs]
     check_together(runs, args.script, args.track)

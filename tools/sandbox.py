@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.shards import HEADER_BYTES, MAGIC, VERSION
 from tools.untrusted import load_json, text
 
-SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 MEMORY_BYTES = 16 << 30
 FILE_BYTES = 1 << 30
 OUTPUT_BYTES = 1 << 20
@@ -82,8 +82,9 @@ class Session:
     """One process of `train_gpt.py score model.bin`, asked for one stream after another."""
 
     def __init__(self, script: Path, model: Path, seconds: float, device: str | None = None):
-        self.seconds, self.closed = seconds, False
-        self.box = Path(tempfile.mkdtemp(prefix="box_"))
+        self.seconds = seconds
+        self.folder = tempfile.TemporaryDirectory(prefix="box_", ignore_cleanup_errors=True)
+        self.box = Path(self.folder.name)
         shutil.copyfile(script, self.box / "train_gpt.py")
         shutil.copyfile(model, self.box / "model.bin")
         env = {"DEVICE": device} if device else {}
@@ -112,13 +113,13 @@ class Session:
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             with suppress(BrokenPipeError):
                 pipe.close()
-        shutil.rmtree(self.box, ignore_errors=True)
+        self.folder.cleanup()
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
         """The float32 nats of every target tokens[1:]; Broken if there is not one finite number >= 0 for each."""
         request = {"tokens": f"{secrets.token_hex(8)}.bin", "nats": f"{secrets.token_hex(8)}.bin"}
-        header = np.zeros(256, "<i4")
-        header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+        header = np.zeros(HEADER_BYTES // 4, "<i4")
+        header[:3] = MAGIC, VERSION, len(tokens)
         (self.box / request["tokens"]).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
         with suppress(BrokenPipeError):  # the answer, which then will not come, says why
             self.process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,9 +98,11 @@ def write_verdict(case: Case, value: dict) -> None:
     path = case.folder / "submission.json"
     if not case.submission:
         raise ValueError(f"{path} is not a JSON object, so it cannot keep the verdict")
-    partial = path.with_name("submission.json.partial")
-    partial.write_text(json.dumps(case.submission | {"verdict": value}, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=case.folder, delete=False) as file:
+        json.dump(case.submission | {"verdict": value}, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    os.chmod(file.name, path.stat().st_mode)
+    os.replace(file.name, path)
 
 
 def main(argv: list[str] | None = None) -> int:
