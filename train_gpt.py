@@ -383,15 +383,21 @@ class Dataset:
         self.vocab_size = len(self.bytes_of.base)
 
     def shards(self, folder: Path, split: str, hint: str) -> list[str]:
-        found = sorted(glob.glob(str(folder / f"fineweb_{split}_*.bin")))
-        if not found:
-            raise ValueError(f"DATA_PATH={folder} has no fineweb_{split}_*.bin; {hint}")
-        for entry in self.manifest["splits"][split]["shards"] if self.manifest else []:
-            if str(folder / entry["file"]) not in found:
-                raise ValueError(f"{folder / entry['file']} is in manifest.json but not on disk; {hint}")
-            if split == "val" and sha256(folder / entry["file"]) != entry["sha256"]:
-                raise ValueError(f"{folder / entry['file']} is not the file that manifest.json describes; {hint}")
-        return found
+        """The shards of a split: those that the manifest lists and no others; without a manifest, all there are."""
+        if not self.manifest:
+            found = sorted(glob.glob(str(folder / f"fineweb_{split}_*.bin")))
+            if not found:
+                raise ValueError(f"DATA_PATH={folder} has no fineweb_{split}_*.bin; {hint}")
+            return found
+        listed = self.manifest["splits"][split]["shards"]
+        for entry in listed:
+            path = folder / entry["file"]
+            if not path.is_file():
+                raise ValueError(f"{path} is in manifest.json but not on disk; {hint}")
+            same = len(read_shard(path)) == entry["tokens"]
+            if not same or (split == "val" and sha256(path) != entry["sha256"]):
+                raise ValueError(f"{path} is not the file that manifest.json describes; {hint}")
+        return [str(folder / entry["file"]) for entry in listed]
 
     def validation(self, max_tokens: int | None) -> tuple[np.ndarray, int, bool]:
         """(tokens, raw bytes of all targets, partial?); the byte table must agree with the manifest to the byte."""
@@ -533,7 +539,9 @@ def score_stream(
         return result
     alone = is_sequential(model)
     rows = 1 if alone else score_rows(plan, batch_tokens, machine.device)
-    nats_of = torch.compile(model.nats, dynamic=False) if machine.compile and not alone else model.nats
+    # Not on CPU: a compiled sum may differ in its last bits from that of a process that does not compile.
+    compiled = machine.compile and machine.device.type == "cuda" and not alone
+    nats_of = torch.compile(model.nats, dynamic=False) if compiled else model.nats
     windows = plan.windows(num_targets)
     head = [w for w in windows if w[1] == 0]  # with a stride, the first window alone scores all of its targets
     batches = [part[i : i + rows] for part in (head, windows[len(head) :]) for i in range(0, len(part), rows)]
@@ -1226,7 +1234,7 @@ def verdict(result: dict, vocab_size: int) -> list[str]:
 
 def time_validation(validate: Callable[[], Score], machine: Machine) -> float:
     """Seconds of one validation, the mean over the ranks; it compiles what validation needs before the clock starts."""
-    for _ in range(1 + machine.compile):
+    for _ in range(2):
         start = time.perf_counter()
         validate()
         seconds = torch.tensor([time.perf_counter() - start], device=machine.device)
@@ -1252,7 +1260,7 @@ def make_result(run: RunConfig, model: LanguageModel, machine: Machine, dataset:
         seed=run.seed,
         steps=outcome.steps,
         iterations=run.iterations,
-        train_seconds=round(outcome.seconds, 3),
+        train_seconds=math.ceil(1000 * outcome.seconds) / 1000,  # never rounded under the cap
         cap_seconds=run.max_wallclock_seconds,
         step_avg_ms=round(1000 * outcome.seconds / max(1, outcome.steps), 3),
         tokens_seen=outcome.steps * run.train_batch_tokens,
@@ -1362,7 +1370,12 @@ def serve(artifact: str) -> int:
             request = json.loads(line)
             if is_sequential(model):
                 model, plan, _ = load_artifact(blob, device)
-            nats = score_stream(model, read_shard(request["tokens"]), plan, machine)
+            tokens = read_shard(request["tokens"])
+            if len(tokens) and tokens.max() >= model.config.vocab_size:
+                raise ValueError(
+                    f"{request['tokens']} holds token {tokens.max()}, the model has {model.config.vocab_size}"
+                )
+            nats = score_stream(model, tokens, plan, machine)
             save_atomically(Path(request["nats"]), nats.astype("<f4").tobytes())
             answer = {"nats": request["nats"], "targets": len(nats)}
         except (ValueError, KeyError, TypeError, OSError) as error:

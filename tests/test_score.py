@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script
+from conftest import run_script, write_shard
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from test_architectures import CPU, shake, some_tokens, tiny
 
@@ -96,17 +96,19 @@ def test_run_packed_run_and_score_request_agree(finished, data, tmp_path):
 
 def test_score_server_answers_bad_requests_and_goes_on(finished, data, tmp_path):
     good = {"tokens": str(data / "fineweb_val_000000.bin"), "nats": str(tmp_path / "n")}
+    wild = write_shard(tmp_path / "wild.bin", np.array([1, 60_000, 5]))
     lines = [
         "not json",
         "[]",
         "{}",
         json.dumps(good | {"tokens": "/nowhere"}),
         json.dumps(good | {"tokens": __file__}),
+        json.dumps(good | {"tokens": str(wild)}),
         json.dumps(good),
     ]
     done = run_script({}, "score", str(finished[1] / "model.bin"), input="\n".join(lines))
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert ["error" in a for a in answers] == [True] * 5 + [False] and done.returncode == 0
+    assert ["error" in a for a in answers] == [True] * 6 + [False] and done.returncode == 0
 
 
 def test_a_stream_of_one_token_has_no_score():

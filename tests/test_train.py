@@ -238,13 +238,19 @@ def test_damaged_data_is_named(text, tmp_path, monkeypatch, capsys):
         path.write_bytes(kept[path])
         return said
 
-    assert "has no fineweb_train_*.bin" in refused(train, None)
+    assert "is in manifest.json but not on disk" in refused(train, None)
     assert "its header promises 11026" in refused(train, kept[train][:-2])
     assert "is not a token shard" in refused(train, b"\0" * 2000)
     assert "is not the file that manifest.json describes" in refused(val, kept[val][:-1] + b"\1")
     assert "is not the tokenizer that made" in refused(
         folder / "tokenizer.json", kept[folder / "tokenizer.json"] + b" "
     )
+
+
+def test_shards_that_the_manifest_does_not_list_are_not_read(text, tmp_path):
+    folder = write_bytes_data(tmp_path / "d", text[:5000], text[5000:6000])
+    write_shard(folder / "fineweb_train_000001.bin", np.arange(4, 200))
+    assert train_gpt.Dataset(str(folder), None).train_files == [str(folder / "fineweb_train_000000.bin")]
 
 
 def test_a_tokenizer_that_does_not_fit_is_caught_by_the_byte_ledger(text, tmp_path, monkeypatch, capsys):

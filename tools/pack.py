@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+MAX_SOURCE_BYTES = 1 << 24  # of a script that a stranger has packed
 # Without the linecache line, @triton.jit cannot find the source of a kernel that lives in a string.
 STUB = """import base64,lzma,linecache
 s=lzma.decompress(base64.b85decode({payload!r}),lzma.FORMAT_RAW,None,{filters}).decode()
@@ -158,7 +159,11 @@ def unpack(packed: str) -> str:
     if not match:
         return packed
     try:
-        return lzma.decompress(base64.b85decode(match[1]), lzma.FORMAT_RAW, None, LZMA_FILTERS).decode()
+        opener = lzma.LZMADecompressor(lzma.FORMAT_RAW, None, LZMA_FILTERS)
+        source = opener.decompress(base64.b85decode(match[1]), max_length=MAX_SOURCE_BYTES)
+        if not opener.eof:
+            raise ValueError(f"it is cut short, or holds more than {MAX_SOURCE_BYTES} bytes")
+        return source.decode()
     except (ValueError, lzma.LZMAError) as error:
         raise ValueError(f"the compressed script is damaged: {error}") from None
 
@@ -171,7 +176,7 @@ def main() -> int:
     parser.add_argument("--compress", action="store_true")
     parser.add_argument("--from-env", action="store_true", help="bake in the settings in the environment too")
     parser.add_argument("--unpack", type=Path, metavar="SCRIPT")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         if args.unpack:
             print(unpack(args.unpack.read_text()), end="")
