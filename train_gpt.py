@@ -21,6 +21,7 @@ import shutil
 import signal
 import struct
 import sys
+import sysconfig
 import threading
 import time
 import zlib
@@ -69,9 +70,7 @@ class RunConfig:
     warmup_steps: int = 20  # on random tokens, outside the clock, undone afterwards
     warmdown_iters: int = 1200
     warmdown_max_fraction: float = 0.7  # of the run: a short or slow run must not train at a starved rate
-    schedule: str = (
-        "time"  # "time": the rate falls with the first of steps and clock to run out; "steps": with steps alone
-    )
+    schedule: str = "time"  # the rate falls as the first of steps and clock runs out; "steps": with steps alone
     train_log_every: int = 200
     val_loss_every: int = 0  # 0 = after training only: the clock does not stop for validation
 
@@ -101,15 +100,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("iterations", "train_batch_tokens", "train_log_every", "muon_backend_steps")
-        at_least_zero = (
-            "max_wallclock_seconds",
-            "warmup_steps",
-            "warmdown_iters",
-            "val_loss_every",
-            "eval_stride",
-            "grad_clip_norm",
-        )
-        for minimum, names in ((1, at_least_one), (0, at_least_zero)):
+        at_least_zero = ("max_wallclock_seconds", "warmup_steps", "warmdown_iters", "eval_stride", "grad_clip_norm")
+        for minimum, names in ((1, at_least_one), (0, (*at_least_zero, "val_loss_every"))):
             for name in names:
                 if not getattr(self, name) >= minimum:
                     raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least {minimum}")
@@ -152,8 +144,9 @@ def from_env(cls, env=os.environ):
 def reject_typos(configs: list, env=os.environ) -> None:
     """Stop on NUM_LAYRES=12, which would otherwise train the default for ten minutes."""
     known = {f.name.upper() for c in configs for f in fields(c)} | {"ARCH"}
+    others = {"COMPILER"}  # variables of other programs that look like ours
     prefixes = tuple(c.env_prefix for c in configs if getattr(c, "env_prefix", ""))
-    for name in sorted(set(env) - known):
+    for name in sorted(set(env) - known - others):
         close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
         if close:
             raise ValueError(f"{name} is not a setting. Did you mean {close[0]}?")
@@ -232,6 +225,8 @@ def compile_pays(run: RunConfig, device: torch.device) -> tuple[bool, str]:
         return False, "the run is too short to pay for it"
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         return False, "no C++ compiler found; install g++ to train faster"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False, "no Python headers found; install python3-dev to train faster"
     return True, "the run is long enough to pay for it"
 
 
@@ -252,7 +247,8 @@ def make_machine(run: RunConfig) -> Machine:
         torch.set_float32_matmul_precision("high")
     machine = Machine(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         machine.rank, machine.world_size = dist.get_rank(), dist.get_world_size()
     fast = torch.tensor(float(bf16_is_fast(device) if run.bf16 is None else run.bf16), device=device)
     if machine.world_size > 1:
@@ -306,13 +302,10 @@ def read_shard(path: str | Path) -> np.ndarray:
     size = os.path.getsize(path)
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise ValueError(
-            f"{path} is not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); prepare the data again"
-        )
-    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise ValueError(
-            f"{path} has {size} bytes, its header promises {SHARD_HEADER_BYTES + 2 * int(header[2])}; fetch it again"
-        )
+        raise ValueError(f"{path} is not a token shard of version {SHARD_VERSION}; prepare the data again")
+    promised = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != promised:
+        raise ValueError(f"{path} has {size} bytes, its header promises {promised}; fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
 
 
@@ -341,9 +334,8 @@ class ByteTable:
         pieces = [sp.id_to_piece(i) for i in ids]
         self.leading_space = np.array([dummy_prefix and piece.startswith("▁") for piece in pieces]) & ~self.boundary
         spelled = [len(piece.replace("▁", " ").encode()) for piece in pieces]
-        self.base = (
-            np.array([1 if sp.is_byte(i) else 0 if self.boundary[i] else spelled[i] for i in ids]) - self.leading_space
-        )
+        self.base = np.array([1 if sp.is_byte(i) else 0 if self.boundary[i] else spelled[i] for i in ids])
+        self.base -= self.leading_space
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of each target tokens[1:], as int64, given the token before it."""
@@ -369,16 +361,12 @@ class Dataset:
         elif tokenizer_path:
             self.tokenizer_path = tokenizer_path
         else:
-            raise ValueError(
-                f"DATA_PATH={data_path} has no manifest.json, so TOKENIZER_PATH must name the tokenizer of its shards"
-            )
+            raise ValueError(f"DATA_PATH={data_path} has no manifest.json, so TOKENIZER_PATH must name the tokenizer")
         if not Path(self.tokenizer_path).is_file():
             raise ValueError(f"TOKENIZER_PATH={self.tokenizer_path} does not exist")
         self.tokenizer_sha256 = sha256(self.tokenizer_path)
         if self.manifest and self.tokenizer_sha256 != self.manifest["tokenizer"]["sha256"]:
-            raise ValueError(
-                f"TOKENIZER_PATH={self.tokenizer_path} is not the tokenizer that made {data_path}; unset it"
-            )
+            raise ValueError(f"TOKENIZER_PATH={self.tokenizer_path} is not the tokenizer of {data_path}; unset it")
         self.bytes_of = ByteTable(self.tokenizer_path)
         self.vocab_size = len(self.bytes_of.base)
 
@@ -442,19 +430,15 @@ class TokenLoader:
         epoch, place = divmod(index, self.num_windows)
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.order, self.phases = (
-                epoch,
-                rng.permutation(self.num_windows),
-                rng.integers(self.seq_len, size=len(self.tokens)),
-            )
+            self.epoch, self.order = epoch, rng.permutation(self.num_windows)
+            self.phases = rng.integers(self.seq_len, size=len(self.tokens))
         number = self.order[place]
         shard = int(np.searchsorted(self.first, number, side="right")) - 1
         start = int(number - self.first[shard]) * self.seq_len + self.phases[shard]
         window = self.tokens[shard][start : start + self.seq_len + 1]
         if window.max() >= self.vocab_size:
-            raise ValueError(
-                f"{self.files[shard]} holds token {window.max()}, which VOCAB_SIZE={self.vocab_size} does not reach"
-            )
+            token, file = window.max(), self.files[shard]
+            raise ValueError(f"{file} holds token {token}, which VOCAB_SIZE={self.vocab_size} does not reach")
         return window
 
     def batch(self, step: int) -> Tensor:
@@ -509,9 +493,7 @@ class ScorePlan:
 
     def __post_init__(self) -> None:
         if not (self.seq_len >= 1 and 1 <= self.stride <= self.seq_len):
-            raise ValueError(
-                f"EVAL_STRIDE={self.stride} must be between 1 and EVAL_SEQ_LEN={self.seq_len}, or 0 for no overlap"
-            )
+            raise ValueError(f"EVAL_STRIDE={self.stride} must be between 1 and EVAL_SEQ_LEN={self.seq_len}, or 0")
 
     def windows(self, num_targets: int) -> list[tuple[int, int]]:
         """(first input position, first scored place in the window): every target is scored once, left to right."""
@@ -655,8 +637,9 @@ class Muon:
     def step(self) -> None:
         for shape, params in self.batches.items():
             grads = torch.cat([self.on_side(p.grad) for p in params])  # (n, R, C)
-            buffer = self.buffers.setdefault(shape, torch.zeros_like(grads))
-            buffer.mul_(self.momentum).add_(grads)
+            if shape not in self.buffers:
+                self.buffers[shape] = torch.zeros_like(grads)
+            buffer = self.buffers[shape].mul_(self.momentum).add_(grads)
             update = self.spread(grads.add_(buffer, alpha=self.momentum).to(self.machine.dtype))
             parts = update.to(grads.dtype).split([math.prod(p.shape[:-2]) for p in params])
             for p, part in zip(params, parts, strict=True):
@@ -682,11 +665,8 @@ class Optimizers:
 
     def __init__(self, model: LanguageModel, run: RunConfig, machine: Machine):
         groups, self.run = parameter_groups(model), run
-        rates = {
-            "embed": run.tied_embed_lr if model.head is None else run.embed_lr,
-            "head": run.head_lr,
-            "scalar": run.scalar_lr,
-        }
+        embed_lr = run.tied_embed_lr if model.head is None else run.embed_lr
+        rates = {"embed": embed_lr, "head": run.head_lr, "scalar": run.scalar_lr}
         adam = [dict(params=groups[name], lr=lr, base_lr=lr) for name, lr in rates.items() if groups[name]]
         self.adam = torch.optim.Adam(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
         self.muon = Muon(groups["matrix"], run.matrix_lr, run.muon_backend_steps, machine)
@@ -754,7 +734,8 @@ class Schedule:
     def must_stop(self, step_began: float, now: float) -> bool:
         """Whether the step after this one could end past the cap. Slow steps come in spells: the slowest counts."""
         slowest = 1.05 * max(self.recent, default=0.0)
-        return max(now, step_began + slowest) + (1 + self.lag) * slowest > self.run.cap_seconds
+        # With a lag, a step is in flight when this one is launched, and one more is before the vote is read.
+        return max(now, step_began + slowest) + (1 + 2 * self.lag) * slowest > self.run.cap_seconds
 
 
 # -----------------------------------------------------------------------------
@@ -965,6 +946,22 @@ class Interrupt:
             os._exit(128 + number)
 
 
+class Report:
+    """A few numbers on their way from the device; reading waits for the step that made them and for nothing later."""
+
+    def __init__(self, values: Tensor):
+        self.values, self.made = values, None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self.made = torch.cuda.Event()
+            self.made.record()
+
+    def read(self) -> list[float]:
+        if self.made is not None:
+            self.made.synchronize()
+        return self.values.tolist()
+
+
 class Trainer:
     """One model, its optimizers and the step that both warm-up and training run."""
 
@@ -1075,7 +1072,7 @@ def train(
         """Wait for the oldest step in flight, log it; True when all ranks are to stop."""
         nonlocal last
         step, report = pending.popleft()
-        loss, elapsed, stop, late = report.tolist()
+        loss, elapsed, stop, late = report.read()
         now = time.perf_counter()
         if late:
             log(f"dropped_step:{step + 1} its gradient was ready only at {1000 * (now - start):.0f}ms, after the cap")
@@ -1110,7 +1107,7 @@ def train(
             outcome.progress = schedule.fraction(step)
             model.on_progress(outcome.progress)
             report = trainer.train_step(next(batches), step, schedule.lr_scale(step), votes)
-            pending.append((step, report))
+            pending.append((step, Report(report)))
             while len(pending) > machine.lag:
                 stop = finish() or stop
             if stop:

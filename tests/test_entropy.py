@@ -7,7 +7,22 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, environment, result_of, run_script, sys
 
-WORDS = tuple("sun moon star wind rain snow leaf root seed bark stone river lake hill field road".split(" "))
+WORDS = [
+    "sun",
+    "moon",
+    "star",
+    "wind",
+    "rain",
+    "snow",
+    "leaf",
+    "root",
+    "seed",
+    "bark",
+    "stone",
+    "river",
+    "lake",
+    "hill",
+]
 
 
 class WordChain:

@@ -3,7 +3,7 @@
 fail() { echo "error: $*" >&2; exit 1; }
 
 python=${PYTHON:-}
-for candidate in python3.12 python3.11 python3; do
+for candidate in python3 python3.12 python3.11; do
     [ -n "$python" ] || ! command -v "$candidate" >/dev/null || ! "$candidate" -c \
         'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || python=$candidate
 done
@@ -14,7 +14,7 @@ wanted=$("$python" -c 'import hashlib; print(hashlib.sha256(open("requirements.t
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "python3-venv is missing: apt install python3-venv"
     echo "installing requirements.txt into .venv (a minute or two, once)"
-    [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "cannot make .venv here: is there room and permission?"
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv || fail "cannot make .venv here: is there room and permission?"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
         || fail "pip could not install requirements.txt; the lines above say why, and running this again goes on from there"
     echo "$wanted" > .venv/installed

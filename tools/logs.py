@@ -170,7 +170,7 @@ def _read_setting(log: Log, line: str) -> None:
         log.dataset = found[1].rstrip(".")
     if not log.hardware and (found := GPU.search(line)):
         log.hardware = f"NVIDIA {found[1]}"
-    if not log.points and not line.startswith(("config:", "#")):
+    if not log.points and "arch" not in log.config and not line.startswith(("config:", "#")):  # ours is whole
         alone = re.fullmatch(r"([a-z]\w{0,40})\s*[:=]\s+(\S{1,200})", line)
         pairs = [alone.groups()] if alone else re.findall(r"(?:^|\s)([a-z]\w{0,40})[:=]([^\s:=]{1,200})(?=\s|$)", line)
         for key, value in pairs:
