@@ -732,10 +732,14 @@ class Schedule:
         return self.elapsed + 1.5 * seconds + 4 * self.step_seconds < self.run.cap_seconds
 
     def must_stop(self, step_began: float, now: float) -> bool:
-        """Whether the step after this one could end past the cap. Slow steps come in spells: the slowest counts."""
-        slowest = 1.05 * max(self.recent, default=0.0)
+        """Whether the step after this one could end past the cap.
+
+        Slow steps come in spells, so the last 20 count and not their mean; the slowest of them does not, or one hiccup
+        of the machine would end a run early.
+        """
+        slow = 1.05 * sorted(self.recent)[-2:][0] if self.recent else 0.0
         # With a lag, a step is in flight when this one is launched, and one more is before the vote is read.
-        return max(now, step_began + slowest) + (1 + 2 * self.lag) * slowest > self.run.cap_seconds
+        return max(now, step_began + slow) + (1 + 2 * self.lag) * slow > self.run.cap_seconds
 
 
 # -----------------------------------------------------------------------------

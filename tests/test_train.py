@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 
@@ -78,22 +79,58 @@ def test_eight_bits_cost_less_than_a_hundredth_of_a_bit_per_byte(finished):
     assert abs(result["val_bpb"] - result["pre_quant_val_bpb"]) < 0.01
 
 
-def test_two_processes_train_like_one(data, tmp_path):
-    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, ITERATIONS=6, BF16=0)
-    one = run_script(settings | dict(RUN_ID="one"))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
-    two = subprocess.run(
-        [sys.executable, *command],
-        env=environment(settings | dict(RUN_ID="two")),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    results = result_of(one), result_of(two)
-    assert [r["world_size"] for r in results] == [1, 2]
-    curves = [[float(x) for x in re.findall(r"train_loss:(\S+)", done.stdout)] for done in (one, two)]
-    np.testing.assert_allclose(curves[0], curves[1], atol=2e-3)
-    assert abs(results[0]["val_bpb"] - results[1]["val_bpb"]) < 2e-3
+def torchrun(settings: dict, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "train_gpt.py"]
+    env, pipe = environment(settings), subprocess.PIPE
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+
+def losses_of(output: str) -> list[float]:
+    return [float(x) for x in re.findall(r"train_loss:(\S+)", output)]
+
+
+@pytest.fixture(scope="module")
+def one_process(data, tmp_path_factory) -> tuple[dict, list[float], dict]:
+    """(settings, losses, result) of a short fp32 run on one process."""
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path_factory.mktemp("one"), ITERATIONS=6, BF16=0)
+    done = run_script(settings)
+    return settings, losses_of(done.stdout), result_of(done)
+
+
+def assert_trained_like(one_process, output: str) -> None:
+    _, losses, result = one_process
+    found = json.loads(output.splitlines()[-1].removeprefix("result:"))
+    assert found["world_size"] == 2 and abs(found["val_bpb"] - result["val_bpb"]) < 2e-3
+    np.testing.assert_allclose(losses_of(output), losses, atol=2e-3)
+
+
+def test_two_processes_train_like_one(one_process, tmp_path):
+    both = torchrun(one_process[0] | dict(OUT_DIR=tmp_path), "--standalone", "--nproc_per_node=2")
+    output, errors = both.communicate(timeout=120)
+    assert both.returncode == 0, errors[-2000:]
+    assert_trained_like(one_process, output)
+
+
+def test_two_nodes_train_like_one_process_and_only_the_first_writes(one_process, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    nodes = [torchrun(one_process[0] | dict(OUT_DIR=tmp_path / str(i)), *options, f"--node_rank={i}") for i in (0, 1)]
+    (output, errors), (silence, _) = (node.communicate(timeout=120) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], errors[-2000:]
+    assert_trained_like(one_process, output)
+    assert silence == "" and not (tmp_path / "1").exists()
+
+
+def test_ctrl_c_under_torchrun_stops_all_ranks_and_keeps_what_there_is(data, tmp_path):
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="r", ITERATIONS=10**9, MAX_WALLCLOCK_SECONDS=0)
+    both = torchrun(settings, "--standalone", "--nproc_per_node=2")
+    next(line for line in both.stdout if line.startswith("step:1/"))
+    both.send_signal(signal.SIGINT)
+    both.communicate(timeout=60)
+    last = (tmp_path / "r/train.log").read_text().splitlines()[-1]
+    assert json.loads(last.removeprefix("result:"))["interrupted"] and (tmp_path / "r/model.bin").exists()
 
 
 def test_same_seed_gives_the_same_artifact_and_another_seed_does_not(data, tmp_path):

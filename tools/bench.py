@@ -56,6 +56,7 @@ def settings_in(env: dict[str, str]) -> dict[str, str]:
 
 def run_script(script: Path, env: dict[str, str], folder: Path) -> tuple[Log, list[tuple[float, str]]]:
     """(log, (time, line) of all that came out) of a script run to its end; the log is its output, or logs/*.txt."""
+    env = env | {name: str(Path(env[name]).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH") if name in env}
     command, pipe = [sys.executable, str(script)], dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process = subprocess.Popen(command, cwd=folder, env=env, text=True, errors="replace", **pipe)
     timed = [(time.perf_counter(), line.rstrip("\n")) for line in process.stdout]
@@ -180,7 +181,6 @@ def measure_against(script: Path, env: dict[str, str], rounds: int) -> dict:
     if not script.is_file():
         raise ValueError(f"--against {script} is not a file")
     env = dict(ITERATIONS="60", TRAIN_LOG_EVERY="10", VAL_LOSS_EVERY="0", MAX_WALLCLOCK_SECONDS="0") | env
-    env |= {name: str(Path(env[name]).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH") if name in env}
     raw, losses = {"theirs": [], "ours": []}, {}
 
     def lap(name: str, path: Path) -> float:
