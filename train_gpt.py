@@ -1025,21 +1025,23 @@ class Trainer:
         return report
 
     def warm_up(self, rows: int, log: RunLog) -> float:
-        """Run every graph on random tokens, then put everything back; seconds of the last step (0 without warm-up)."""
+        """Run every graph on random tokens, then put everything back; seconds of a step (0 without warm-up)."""
         model, seconds = self.model, 0.0
         kept = {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
         with torch.random.fork_rng(devices=[self.machine.device] if self.machine.device.type == "cuda" else []):
             for fraction in (0.0, *model.progress_switches) if self.run.warmup_steps else ():
                 model.on_progress(fraction)
+                laps = []
                 for _ in range(self.run.warmup_steps):
                     batch = torch.randint(
                         model.config.vocab_size, (rows, model.config.train_seq_len + 1), device=self.machine.device
                     )
                     start = time.perf_counter()
                     self.train_step(batch, 0, 1.0, lambda: [0.0, 0.0, 0.0]).tolist()
-                    seconds = time.perf_counter() - start
+                    laps.append(time.perf_counter() - start)
+                seconds = max(seconds, min(laps))  # the least: compilation and hiccups say nothing about the next step
                 done = f"{self.run.warmup_steps}/{self.run.warmup_steps}"
-                log(f"warmup_step:{done} at_fraction:{fraction} last_step:{1000 * seconds:.0f}ms")
+                log(f"warmup_step:{done} at_fraction:{fraction} step:{1000 * min(laps):.0f}ms")
         with torch.no_grad():
             for name, t in [*model.named_parameters(), *model.named_buffers()]:
                 t.copy_(kept[name])
