@@ -1041,7 +1041,7 @@ class Trainer:
                     laps.append(time.perf_counter() - start)
                 seconds = max(seconds, min(laps))  # the least: compilation and hiccups say nothing about the next step
                 done = f"{self.run.warmup_steps}/{self.run.warmup_steps}"
-                log(f"warmup_step:{done} at_fraction:{fraction} step:{1000 * min(laps):.0f}ms")
+                log(f"warmup_step:{done} at_fraction:{fraction} fastest:{1000 * min(laps):.0f}ms")
         with torch.no_grad():
             for name, t in [*model.named_parameters(), *model.named_buffers()]:
                 t.copy_(kept[name])
