@@ -107,26 +107,34 @@ def refuse_clashes(parts: dict[str, str]) -> None:
             seen[name] = file
 
 
+def configs_of(arch: str) -> list[type]:
+    """The two config classes whose fields are the settings of a run of this architecture."""
+    from architectures import load_architecture
+    from train_gpt import RunConfig
+
+    return [RunConfig, load_architecture(arch)[1]]
+
+
+def settings_of(arch: str) -> set[str]:
+    """The environment variables that a run of this architecture reads, ARCH aside."""
+    return {f.name.upper() for config in configs_of(arch) for f in fields(config)}
+
+
 def check_settings(arch: str, settings: dict[str, str]) -> None:
     """Stop on a setting that a run of this architecture would refuse."""
-    from architectures import load_architecture
-    from train_gpt import RunConfig, from_env, reject_typos
+    from train_gpt import from_env, reject_typos
 
-    _, Config = load_architecture(arch)
-    reject_typos([RunConfig, Config], settings)
-    known = {f.name.upper() for c in (RunConfig, Config) for f in fields(c)}
-    if unknown := sorted(set(settings) - known):
+    reject_typos(configs_of(arch), settings)
+    if unknown := sorted(set(settings) - settings_of(arch)):
         raise ValueError(f"{unknown[0]} is not a setting of ARCH={arch}")
-    from_env(RunConfig, settings), from_env(Config, settings)
+    for config in configs_of(arch):
+        from_env(config, settings)
 
 
 def settings_from_env(arch: str) -> dict[str, str]:
     """The settings of a run that the environment gives, except those that may differ between runs of one script."""
-    from architectures import load_architecture
-    from train_gpt import RunConfig
-
-    known = {f.name.upper() for c in (RunConfig, load_architecture(arch)[1]) for f in fields(c)}
-    return {name: os.environ[name] for name in sorted(known - {"SEED", "RUN_ID", "OUT_DIR"}) if name in os.environ}
+    names = sorted(settings_of(arch) - {"SEED", "RUN_ID", "OUT_DIR"})
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def flatten(arch: str, settings: dict[str, str] | None = None) -> str:
