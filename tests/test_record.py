@@ -15,9 +15,9 @@ from conftest import TINY, result_of, run_script
 
 from architectures.gpt import Config
 from tools import pack, record
-from tools.case import config_of
-from tools.checks import RULES
 from tools.records import read_record
+from tools.referee.case import config_of
+from tools.referee.rules import RULES
 from train_gpt import RunConfig, from_env
 
 BAKED = {name: str(value) for name, value in TINY.items() if name not in ("DEVICE", "COMPILE")} | {"ITERATIONS": "12"}
@@ -141,7 +141,7 @@ SPOILT = {
     "seed 1337 is there twice": lambda runs: change_result(runs[1] / "train.log", seed=1337),
     "not the artifact": lambda runs: (runs[1] / "model.bin").write_bytes(b"other"),
     "has no model.bin": lambda runs: (runs[1] / "model.bin").unlink(),
-    "R22 arithmetic": lambda runs: change_result(runs[1] / "train.log", nats_sum=1.0),
+    "P07 identity": lambda runs: change_result(runs[1] / "train.log", nats_sum=1.0),
 }
 
 
@@ -155,9 +155,9 @@ def test_record_refuses_a_spoilt_run_and_writes_nothing(copied, tmp_path, capsys
 
 
 def test_record_refuses_what_is_over_the_cap(copied, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(RULES["R10"]["limit"], "bytes", 50_000)
+    monkeypatch.setitem(RULES["P12"]["limit"], "bytes", 50_000)
     assert file_runs(*copied, tmp_path / "records") == 1
-    assert re.search(r"R10 size: [\d,]+ of 50,000 bytes", capsys.readouterr().err)
+    assert re.search(r"P12 size: [\d,]+ of 50,000 bytes", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["Tiny", "two words", "../up", ""])

@@ -113,7 +113,7 @@ def test_kit_record_is_read_without_a_problem(folder):
 def test_score_and_seeds_are_found_in_every_shape(folder, submission, num_seeds):
     record = read(folder, submission)
     assert record.val_bpb == 1.25 and record.num_seeds == num_seeds
-    assert record.problems == ["R11 no log"]
+    assert record.problems == ["P16 no log"]
 
 
 @pytest.mark.parametrize("placeholder", [0.0, "pending", None, "NaN", -1, 1e400, True, [1.2]])
@@ -176,7 +176,7 @@ def test_words_cannot_hold_control_or_bidirectional_characters(folder):
 
 def test_best_seed_reported_as_the_mean_is_a_problem(folder):
     record = read(folder, {"val_bpb": 1.2000}, **{f"train_seed{s}": stock_log(1.2 + s / 100, s) for s in (0, 1, 2)})
-    assert record.problems == ["R11 submission.json says 1.2000, its best seed; 3 log(s) have mean 1.2100"]
+    assert record.problems == ["P17 submission.json says 1.2000, its best seed; 3 log(s) have mean 1.2100"]
 
 
 def test_rounded_mean_agrees_with_the_logs(folder):
@@ -186,8 +186,8 @@ def test_rounded_mean_agrees_with_the_logs(folder):
 
 def test_stated_mean_and_stated_seeds_must_agree(folder):
     record = read(folder, {"val_bpb": 1.2, "mean_sliding_bpb": 1.21, "seeds": {"1": 1.2, "2": 1.22}})
-    assert "R11 submission.json says 1.2000, but mean_sliding_bpb is 1.2100" in record.problems
-    assert "R11 submission.json says 1.2000, but the mean of its seeds is 1.2100" in record.problems
+    assert "P17 submission.json says 1.2000, but mean_sliding_bpb is 1.2100" in record.problems
+    assert "P17 submission.json says 1.2000, but the mean of its seeds is 1.2100" in record.problems
 
 
 def test_claim_may_rest_on_any_one_final_line(folder):
@@ -198,7 +198,7 @@ def test_claim_may_rest_on_any_one_final_line(folder):
 
 def test_result_line_of_a_kit_log_outranks_every_other_line(folder):
     record = read(folder, {"val_bpb": 1.2}, train=stock_log(1.2) + 'result:{"seed": 1, "val_bpb": 1.3}')
-    assert record.problems == ["R11 submission.json says 1.2000; 1 log(s) have mean 1.3000"]
+    assert record.problems == ["P17 submission.json says 1.2000; 1 log(s) have mean 1.3000"]
 
 
 @pytest.mark.parametrize("key", ["results", "name", "seeds", "verdict"])
@@ -216,7 +216,7 @@ def test_problems_of_the_evidence_are_named(folder):
         train_seed2=stock_log(1.2, 1),
         train_seed3=stock_log(1.3, 1)[:700],
     )
-    assert [problem[:3] for problem in record.problems] == ["R11", "R11", "R10", "R11"]
+    assert [problem[:3] for problem in record.problems] == ["P17", "P17", "P12", "P17"]
     assert "are the same log" in record.problems[0] and "train_seed3.log is a run of seed 1" in record.problems[1]
     assert "1 over the cap" in record.problems[2] and "3 seeds are listed, 1 log(s)" in record.problems[3]
 

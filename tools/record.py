@@ -23,10 +23,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from tools.case import RESULT, SEED_RESULT, config_of, mistyped, sha256
-from tools.checks import SAME_FOR_ALL, TRACKS
 from tools.logs import read_log
 from tools.pack import unpack
+from tools.referee.case import RESULT, SEED_RESULT, config_of, mistyped, sha256
+from tools.referee.files import SAME_FOR_ALL, TRACKS
 from tools.untrusted import text
 from tools.verify import verify
 

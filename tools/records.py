@@ -109,12 +109,12 @@ def _read_logs(record: Record, data: dict) -> dict[str, Log]:
         if not log.points and not log.scores and log.result is None:
             continue
         if log.sha256 in seen:
-            record.problems.append(f"R11 {seen[log.sha256]} and {name} are the same log")
+            record.problems.append(f"P16 {seen[log.sha256]} and {name} are the same log")
             continue
         seen[log.sha256] = name
         in_name = re.search(r"(?:seed[_-]?|_s)(\d{1,18})", file.stem, re.I)
         if in_name and log.seed is not None and int(in_name[1]) != log.seed:
-            record.problems.append(f"R11 {name} is a run of seed {log.seed}")
+            record.problems.append(f"P16 {name} is a run of seed {log.seed}")
         seed = str(log.seed) if log.seed is not None else str(int(in_name[1])) if in_name else text(file.stem)
         if seed in logs:
             record.notes.append(f"several logs of seed {seed}")
@@ -124,7 +124,7 @@ def _read_logs(record: Record, data: dict) -> dict[str, Log]:
         logs = {seed: log for seed, log in logs.items() if seed in listed}
     for log in logs.values():
         record.problems += [f"{text(log.path.name)} {problem}" for problem in log.problems]
-    record.problems += [] if logs else ["R11 no log"]
+    record.problems += [] if logs else ["P16 no log"]
     record.curves = {seed: log.points for seed, log in logs.items() if log.points}
     return logs
 
@@ -189,7 +189,7 @@ def _fill_sizes(record: Record, data: dict, logs: dict[str, Log]) -> None:
     coded = [log.bytes_code for log in logs.values() if log.bytes_code]
     record.bytes_code = count(first(data, "bytes_code", "code_bytes")) or (coded[0] if coded else None)
     if record.bytes_total and record.bytes_total > CAP_BYTES:
-        record.problems.append(f"R10 {record.bytes_total:,} bytes is {record.bytes_total - CAP_BYTES:,} over the cap")
+        record.problems.append(f"P12 {record.bytes_total:,} bytes is {record.bytes_total - CAP_BYTES:,} over the cap")
 
 
 def _fill_score(record: Record, data: dict, logs: dict[str, Log]) -> None:
@@ -201,13 +201,13 @@ def _fill_score(record: Record, data: dict, logs: dict[str, Log]) -> None:
     means |= {"the mean of its seeds": fmean(told.values())} if told else {}
     for name, mean in means.items():
         if claim is not None and mean is not None and abs(mean - claim) > TOLERANCE:
-            record.problems.append(f"R11 submission.json says {claim:.4f}, but {text(name)} is {mean:.4f}")
+            record.problems.append(f"P17 submission.json says {claim:.4f}, but {text(name)} is {mean:.4f}")
     if logs and len(stated) > len(values):
-        record.problems.append(f"R11 {len(stated)} seeds are listed, {len(values)} log(s) have a score")
+        record.problems.append(f"P17 {len(stated)} seeds are listed, {len(values)} log(s) have a score")
     for seed in stated | values:
         said, log = stated.get(seed, SeedResult()), logs.get(seed, Log(Path()))
         if seed in told and log.scores and all(abs(pair[1] - told[seed]) > TOLERANCE for pair in log.scores.values()):
-            record.problems.append(f"R11 seed {seed}: submission.json says {told[seed]:.4f}, its log {log.val_bpb:.4f}")
+            record.problems.append(f"P17 seed {seed}: submission.json says {told[seed]:.4f}, its log {log.val_bpb:.4f}")
         record.seeds[seed] = SeedResult(values.get(seed, said.val_bpb), said.val_loss or log.val_loss,
                                         said.bytes_total or log.bytes_total, said.log or text(log.path.name))
     found = [result.val_bpb for result in record.seeds.values() if result.val_bpb is not None]
@@ -236,7 +236,7 @@ def _agree(record: Record, claim: float | None, logs: dict[str, Log]) -> dict[st
             return by_line
     if values:
         best = ", its best seed" if len(values) > 1 and abs(min(values.values()) - claim) <= TOLERANCE else ""
-        record.problems.append(f"R11 submission.json says {claim:.4f}{best}; {len(values)} log(s) have mean {mean:.4f}")
+        record.problems.append(f"P17 submission.json says {claim:.4f}{best}; {len(values)} log(s) have mean {mean:.4f}")
     return values
 
 
@@ -247,4 +247,4 @@ def _fill_validation_text(record: Record, data: dict, logs: dict[str, Log]) -> N
     record.dataset = text(data.get("dataset")) or min(names, default="")
     record.val_bytes = min(sizes, default=None)
     if len(names) > 1 or len(sizes) > 1:
-        record.problems.append("R15 its logs and submission.json were not scored on one validation text")
+        record.problems.append("P07 its logs and submission.json were not scored on one validation text")

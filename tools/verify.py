@@ -14,57 +14,24 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import tools.probes  # noqa: F401  registers its rules
-from tools.case import Case, read_data
-from tools.checks import CHECKS, RULES, Skip
-from tools.sandbox import isolation
-from tools.untrusted import text
+import tools.referee.files
+import tools.referee.scores  # noqa: F401  each registers its rules
+from tools.referee.case import Case, read_data
+from tools.referee.rules import RULES, Finding, judge
+from tools.referee.sandbox import isolation
 
-EXIT_STATUS = {"pass": 0, "fail": 1, "unverified": 3}
-MALFORMED = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
-INDENT = " " * 23
-
-
-@dataclass
-class Finding:
-    """What one rule found; status is PASS, FAIL or SKIP."""
-
-    rule: str
-    title: str
-    status: str
-    detail: str
-    problems: list[str] = field(default_factory=list)
-    fix: str = ""
-
-    def __str__(self) -> str:
-        first, *more = self.problems or [self.detail]
-        to_do = [f"to do: {self.fix}"] if self.fix else []
-        return f"\n{INDENT}".join([f"{self.status}  {self.rule}  {self.title:11}  {first}", *more, *to_do])
-
-
-def judge(case: Case, rule: str) -> Finding:
-    """Returns the finding of one rule."""
-    title = RULES[rule]["title"]
-    try:
-        problems, detail = CHECKS[rule](case)
-    except Skip as skip:
-        return Finding(rule, title, "SKIP", str(skip))
-    except MALFORMED as error:
-        problems, detail = [f"a value is missing or malformed: {type(error).__name__} {text(str(error))[:200]}"], ""
-    if problems:
-        return Finding(rule, title, "FAIL", detail, problems, RULES[rule]["fix"])
-    return Finding(rule, title, "PASS", detail)
+EXIT_STATUS = {"pass": 0, "fail": 1, "hold": 3, "unverified": 3}
 
 
 def examine(case: Case) -> Iterator[Finding]:
-    """Yields one finding per rule, the quick ones first."""
+    """Yields one finding per rule, in the order of their numbers."""
     if not case.folder.is_dir():
         raise ValueError(f"{case.folder} is not a folder; pass a record folder such as records/track_.../<date>_<name>")
-    for rule in CHECKS:
-        yield judge(case, rule)
+    for rule, about in RULES.items():
+        if about["needs"] != "self-test":
+            yield judge(case, rule)
 
 
 def open_case(folder: Path | str, data: Path | str | None = None, **options: object) -> Case:
@@ -78,9 +45,10 @@ def verify(folder: Path | str, data: Path | str | None = None, **options: object
 
 
 def status_of(findings: list[Finding]) -> str:
-    """Returns pass, fail, or unverified where nothing failed but not everything could be decided."""
-    found = {finding.status for finding in findings}
-    return "fail" if "FAIL" in found else "unverified" if "SKIP" in found else "pass"
+    """Returns fail, hold, unverified (nothing failed, but something could not be decided) or pass."""
+    decided = [finding for finding in findings if finding.status != "SKIP" or not RULES[finding.rule]["optional"]]
+    found = {finding.status for finding in decided}
+    return "fail" if "FAIL" in found else "hold" if "HOLD" in found else "unverified" if "SKIP" in found else "pass"
 
 
 def verdict(case: Case, findings: list[Finding]) -> dict:
@@ -115,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="store the verdict in the record's submission.json")
     args = parser.parse_args(argv)
     say: Callable[[str], None] = lambda line: print(f"... {line}", file=sys.stderr, flush=True)  # noqa: E731
-    options = {} if args.probes is None else {"probe_seed": args.probes}
+    options = {} if args.probes is None else {"seed": args.probes}
     try:
         case, findings = open_case(args.record, args.data, seconds=args.seconds, say=say, **options), []
         for finding in examine(case):
@@ -129,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps({"record": str(args.record), **value, "findings": [asdict(f) for f in findings]}, indent=2))
+        print(json.dumps({"record": str(args.record), **value, "findings": [f.as_json() for f in findings]}, indent=2))
     else:
         print(f"{value['status']}: {value['verified_with']}")
     return EXIT_STATUS[value["status"]]

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.case import Case
-from tools.checks import RULES, Skip, check
-from tools.sandbox import Broken, Session, isolation
+from tools.referee.case import Case
+from tools.referee.rules import RULES, Found, Skip, check
+from tools.referee.sandbox import Broken, Session, isolation
 
 CUT_RANGES = ((0.0, 0.05), (0.05, 0.25), (0.25, 1.0))  # of the text; early cuts are cheap, so one is enough late
+_MEASURED = "measured"
 TAIL_WINDOWS = 4  # of other tokens behind a cut
 
 
@@ -69,9 +70,9 @@ def other_tail(tokens: np.ndarray, cut: int, length: int, rng: random.Random) ->
 
 def measured(case: Case) -> Measurement:
     """What the submission answered; it is asked once."""
-    if case.measurement is None:
-        case.measurement = measure(case)
-    return case.measurement
+    if _MEASURED not in case.__dict__:
+        case.__dict__[_MEASURED] = measure(case)
+    return case.__dict__[_MEASURED]
 
 
 def measure(case: Case) -> Measurement:
@@ -81,7 +82,7 @@ def measure(case: Case) -> Measurement:
     seed = next((seed for seed in case.submission["seeds"] if seed in case.models), None)
     if seed is None:
         raise Skip("the folder has no model_seed<seed>.bin to score with")
-    result, tokens, rng = case.results[f"train_seed{seed}.log"], case.data.tokens, random.Random(case.probe_seed)
+    result, tokens, rng = case.results[f"train_seed{seed}.log"], case.data.tokens, case.random("cuts")
     num_targets = len(tokens) - 1
     tail = TAIL_WINDOWS * min(result["eval_seq_len"], num_targets)
     streams = []
@@ -116,11 +117,11 @@ def noise(found: Measurement) -> float:
     return float(np.abs(found.nats.astype(float) - found.again).max())
 
 
-@check("R13")
-def score(case: Case) -> tuple[list[str], str]:
-    limit, found = RULES["R13"]["limit"], measured(case)
+@check("P20")
+def score(case: Case) -> Found:
+    limit, found = RULES["P20"]["limit"], measured(case)
     if found.nats is None:
-        return [found.broken], ""
+        return Found("", [found.broken])
     result = case.results[f"train_seed{found.seed}.log"]
     val_bpb = float(found.nats.sum(dtype=np.float64)) / (math.log(2) * case.data.val_bytes)
     error = abs(val_bpb - result["val_bpb"])
@@ -132,15 +133,15 @@ def score(case: Case) -> tuple[list[str], str]:
         problems.append(f"scored twice, one target differs by {noise(found):.3g} nats")
     if problems == [detail] and error <= limit["val_bpb_other_device"] and result["device"] not in here():
         raise Skip(f"{detail}; that was on {result['device']}, which is not here")
-    return problems, detail
+    return Found(detail, problems)
 
 
-@check("R02")
-def causality(case: Case) -> tuple[list[str], str]:
-    limit, found, problems = RULES["R02"]["limit"], measured(case), []
+@check("P01")
+def causality(case: Case) -> Found:
+    limit, found, problems = RULES["P01"]["limit"], measured(case), []
     if found.again is None:
         raise Skip("the submission did not score every stream")
-    tolerance = limit["nats"] + limit["times_noise"] * min(noise(found), RULES["R13"]["limit"]["nats"])
+    tolerance = limit["nats"] + limit["times_noise"] * min(noise(found), RULES["P20"]["limit"]["nats"])
     for probe in found.probes:
         moved = np.abs(found.nats[: probe.cut].astype(float) - probe.nats)
         wrong = np.flatnonzero(~(moved <= tolerance))
@@ -148,4 +149,5 @@ def causality(case: Case) -> tuple[list[str], str]:
             problems.append(f"{probe.change} what follows target {probe.cut:,} moves {len(wrong):,} scores before it, "
                             f"the first of target {wrong[0] + 1:,}, by up to {moved.max():.3g} nats")
     cuts = sorted({probe.cut for probe in found.probes})
-    return problems, f"nothing after target {', '.join(f'{cut:,}' for cut in cuts)} matters; noise {noise(found):.1g}"
+    detail = f"nothing after target {', '.join(f'{cut:,}' for cut in cuts)} matters; noise {noise(found):.1g}"
+    return Found(detail, problems)

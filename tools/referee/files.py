@@ -1,27 +1,23 @@
-"""The rules that a record's own files decide, one function each, by the number that rules.json gives it.
+"""The rules that a record's own files decide.
 
-A function returns (problems, detail); no problem is a pass. Records come from strangers: a value that is missing or of
-another type is a failure of the rule that needed it, and comparisons are written so that NaN fails them.
+Records come from strangers: a value that is missing or of another type is a failure of the rule that needed it, and
+comparisons are written so that NaN fails them.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
 from datetime import date
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, stdev
 
-from tools.case import RESULT, SEED_RESULT, SUBMISSION, Case, config_of, is_plain, mistyped, sha256
 from tools.logs import Log
-from tools.sandbox import why_not_code
+from tools.referee.case import RESULT, SEED_RESULT, SUBMISSION, Case, config_of, is_plain, mistyped, sha256
+from tools.referee.rules import ROOT, RULES, Found, Skip, check
+from tools.referee.sandbox import why_not_code
 from tools.untrusted import read_text, text
 
-ROOT = Path(__file__).resolve().parent.parent
-RULES = {rule["id"]: rule for rule in json.loads((ROOT / "tools/rules.json").read_text())}
-CHECKS: dict[str, Callable] = {}  # rule number -> its function, in the order of examination
 TRACKS = ("10min_16mb", "non_record_16mb")
 PHASES = ("setup", "warmup", "train", "validate", "export", "score")
 FOLDER = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._+-]+")
@@ -32,23 +28,8 @@ IN_BOTH = ("arch", "dataset", "val_bytes", "val_tokens", "params", "cap_seconds"
 NOT_IN_CONFIG_SHA = ("arch", "seed", "run_id", "out_dir", "data_path", "tokenizer_path")
 
 
-class Skip(Exception):
-    """A rule cannot be decided here; the message says why."""
-
-
-def check(rule: str) -> Callable:
-    """Registers the function of a rule."""
-    assert rule in RULES and rule not in CHECKS
-
-    def register(function: Callable) -> Callable:
-        CHECKS[rule] = function
-        return function
-
-    return register
-
-
-@check("R03")
-def package(case: Case) -> tuple[list[str], str]:
+@check("P14")
+def layout(case: Case) -> Found:
     said, name, track = case.submission, case.folder.name, case.folder.parent.name
     problems = [] if FOLDER.fullmatch(name) else [f"folder {text(name)} is not <YYYY-MM-DD>_<name>"]
     try:
@@ -73,11 +54,11 @@ def package(case: Case) -> tuple[list[str], str]:
     for seed, result in by_seed.items() if isinstance(by_seed, dict) else ():
         problems += [f"submission.json: seed {text(seed)}: {problem}"
                      for problem in mistyped(result, SEED_RESULT | {"log": str})]
-    return problems, f"{len(case.logs)} log(s), {len(case.models)} model(s)"
+    return Found(f"{len(case.logs)} log(s), {len(case.models)} model(s)", problems)
 
 
-@check("R21")
-def code(case: Case) -> tuple[list[str], str]:
+@check("P12")
+def uncounted(case: Case) -> Found:
     problems = []
     for path in sorted(case.folder.rglob("*")):
         name = path.relative_to(case.folder).as_posix()
@@ -86,16 +67,21 @@ def code(case: Case) -> tuple[list[str], str]:
         if not is_plain(path):
             problems.append(f"{text(name)} is a link or not a plain file")
         elif path.suffix.lower() not in PASSIVE or path.stat().st_mode & 0o111:
-            problems.append(f"{text(name)} is not one of a record's files and may be code")
-    if problems or not is_plain(case.script):
-        return problems or ["train_gpt.py is missing"], ""
+            problems.append(f"{text(name)} is not one of a record's files and may be code that nobody counted")
+    return Found("", problems)
+
+
+@check("P13")
+def wrapper(case: Case) -> Found:
+    if not is_plain(case.script):
+        return Found("", ["train_gpt.py is missing"])
     reason = why_not_code(case.script, ROOT)
-    return [f"train_gpt.py {reason}"] if reason else [], "train_gpt.py alone, and it compiles"
+    return Found("train_gpt.py compiles", [f"train_gpt.py {reason}"] if reason else [])
 
 
-@check("R10")
-def size(case: Case) -> tuple[list[str], str]:
-    cap, said, results = RULES["R10"]["limit"]["bytes"], case.submission, case.results
+@check("P12")
+def size(case: Case) -> Found:
+    cap, said, results = RULES["P12"]["limit"]["bytes"], case.submission, case.results
     bytes_code = case.script.stat().st_size
     on_disk = {seed: path.stat().st_size for seed, path in case.models.items()}
     in_logs = {result["seed"]: result["bytes_model"] for result in results.values()}
@@ -112,7 +98,7 @@ def size(case: Case) -> tuple[list[str], str]:
     stated = {"bytes_code": bytes_code, "bytes_model_max": max(in_logs.values()), "bytes_total": total}
     problems += [f"submission.json: {key} is {text(said.get(key))}, found {value:,}"
                  for key, value in stated.items() if said.get(key) != value]
-    return problems, f"{total:,} of {cap:,} bytes"
+    return Found(f"{total:,} of {cap:,} bytes", problems)
 
 
 def problems_of_clock(log: Log, cap: float, slack: float) -> list[str]:
@@ -135,9 +121,9 @@ def problems_of_clock(log: Log, cap: float, slack: float) -> list[str]:
     return problems
 
 
-@check("R09")
-def time(case: Case) -> tuple[list[str], str]:
-    limit, said, problems = RULES["R09"]["limit"], case.submission, []
+@check("P10")
+def train_clock(case: Case) -> Found:
+    limit, said, problems = RULES["P10"]["limit"], case.submission, []
     cap = said["cap_seconds"] or math.inf  # 0 is no cap, on the track that has none
     if said["track"] == "10min_16mb":
         cap = min(cap, limit["cap_seconds_10min_16mb"])
@@ -147,12 +133,12 @@ def time(case: Case) -> tuple[list[str], str]:
             problems.append(f"{text(log.path.name)}: submission.json, its result and its config state caps {caps}")
         problems += [f"{text(log.path.name)}: {found}" for found in problems_of_clock(log, cap, limit["clock_seconds"])]
     slowest = max(result["train_seconds"] for result in case.results.values())
-    return problems, f"{slowest:.3f} of {cap:g} s, the longest of {len(case.logs)} run(s)"
+    return Found(f"{slowest:.3f} of {cap:g} s, the longest of {len(case.logs)} run(s)", problems)
 
 
-@check("R22")
-def arithmetic(case: Case) -> tuple[list[str], str]:
-    tolerance, problems = RULES["R22"]["limit"]["relative"], []
+@check("P07")
+def arithmetic(case: Case) -> Found:
+    tolerance, problems = RULES["P07"]["limit"]["relative"], []
     for log in case.logs:
         result, name = log.result or {}, text(log.path.name)
         by_bytes = result["val_bpb"] * math.log(2) * result["val_bytes"]
@@ -163,7 +149,7 @@ def arithmetic(case: Case) -> tuple[list[str], str]:
         for line, (_, val_bpb) in log.scores.items():
             if not abs(val_bpb - result["val_bpb"]) <= 1e-6:
                 problems.append(f"{name}: {text(line)} says {val_bpb:.8f}, the result {result['val_bpb']:.8f}")
-    return problems, f"val_bpb, val_loss and nats_sum agree in {len(case.logs)} log(s)"
+    return Found(f"val_bpb, val_loss and nats_sum agree in {len(case.logs)} log(s)", problems)
 
 
 def problems_of_log(case: Case, log: Log) -> list[str]:
@@ -189,18 +175,26 @@ def problems_of_log(case: Case, log: Log) -> list[str]:
     return problems
 
 
-@check("R11")
-def evidence(case: Case) -> tuple[list[str], str]:
+@check("P16")
+def logs(case: Case) -> Found:
     problems = [f"{text(log.path.name)}: {found}" for log in case.logs for found in problems_of_log(case, log)]
-    said, results = case.submission, list(case.results.values())
+    results = list(case.results.values())
     if problems or not results:
-        return problems or ["there is no log"], ""
+        return Found("", problems or ["there is no log"])
     for key in ("seed", "artifact_sha256", "nats_sum"):
         if len({result[key] for result in results}) < len(results):
             problems.append(f"two logs have one {key}: they are one run")
     problems += [f"the runs differ in {key}" for key in SAME_FOR_ALL if len({r[key] for r in results}) > 1]
-    problems += [f"submission.json: {key} is {text(said.get(key))}, {name} says {result[key]}"
-                 for name, result in case.results.items() for key in IN_BOTH if said.get(key) != result[key]]
+    return Found(f"{len(results)} whole log(s) of one configuration", problems)
+
+
+@check("P17")
+def statistics(case: Case) -> Found:
+    said, results = case.submission, list(case.results.values())
+    if not results:
+        return Found("", ["there is no log"])
+    problems = [f"submission.json: {key} is {text(said.get(key))}, {text(name)} says {text(result.get(key))}"
+                for name, result in case.results.items() for key in IN_BOTH if said.get(key) != result[key]]
     if sorted(said["seeds"]) != sorted(result["seed"] for result in results):
         problems.append(f"submission.json: seeds are {text(said['seeds'])}; there are {len(results)} logs")
     expected = {str(r["seed"]): {key: r[key] for key in SEED_RESULT} | {"log": f"logs/train_seed{r['seed']}.log"}
@@ -208,17 +202,17 @@ def evidence(case: Case) -> tuple[list[str], str]:
     if said["seed_results"] != expected:
         problems.append("submission.json: seed_results are not what the logs say")
     for key in ("val_loss", "val_bpb"):
-        values, tolerance = [result[key] for result in results], RULES["R11"]["limit"]["statistics"]
+        values, tolerance = [result[key] for result in results], RULES["P17"]["limit"]["statistics"]
         if not abs(said[key] - fmean(values)) <= tolerance:
             problems.append(f"submission.json: {key} is {said[key]}, the mean of all logs is {fmean(values)}")
         spread, stated = stdev(values) if len(values) > 1 else None, said[f"{key}_std"]
         if stated != spread and not abs(stated - spread) <= tolerance:
             problems.append(f"submission.json: {key}_std is {stated}, over all logs it is {spread}")
-    return problems, f"{len(results)} seed(s), mean {said['val_bpb']:.6f} bits per byte"
+    return Found(f"{len(results)} seed(s), mean {said['val_bpb']:.6f} bits per byte", problems)
 
 
-@check("R15")
-def data(case: Case) -> tuple[list[str], str]:
+@check("P07")
+def text_scored(case: Case) -> Found:
     if case.data is None:
         raise Skip("no --data folder to compare with")
     expected = {"data_sha256": case.data.manifest_sha256, "tokenizer_sha256": case.data.tokenizer_sha256,
@@ -227,4 +221,4 @@ def data(case: Case) -> tuple[list[str], str]:
     for name, result in case.results.items():
         problems += [f"{text(name)}: {key} is {text(result.get(key))}, {case.data.name} has {value}"
                      for key, value in expected.items() if result.get(key) != value]
-    return problems, f"all {case.data.val_bytes:,} bytes of {case.data.name}"
+    return Found(f"all {case.data.val_bytes:,} bytes of {case.data.name}", problems)

@@ -1,12 +1,12 @@
-"""A record under examination and the judge's own data, for tools.verify: what is there, and of which type."""
+"""A record under examination and the judge's own data: what is there, and of which type."""
 
 import hashlib
 import json
 import math
+import random
 import re
-import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from data.shards import read_shard
 from tools.logs import Log, read_log
-from tools.untrusted import load_json, read_text
+from tools.pack import unpack
+from tools.untrusted import load_json, read_text, text
 
 # The fields that rules rely on. A number may be whole or not; a whole number may not have a fraction.
 SUBMISSION = {
@@ -79,11 +80,34 @@ def sha256(path: Path) -> str:
 class Data:
     """The judge's validation text, from a data folder of its own and never from a submission."""
 
-    name: str
+    folder: Path
+    manifest: dict
     manifest_sha256: str
-    tokenizer_sha256: str
     tokens: np.ndarray  # uint16
-    val_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / self.manifest["tokenizer"]["file"]
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self.manifest["tokenizer"]["sha256"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["tokenizer"]["vocab_size"]
+
+    @property
+    def bos_id(self) -> int:
+        return self.manifest["tokenizer"]["bos_id"]
+
+    @property
+    def val_bytes(self) -> int:
+        return self.manifest["splits"]["val"]["bytes"]
 
 
 def read_data(folder: Path) -> Data:
@@ -91,13 +115,20 @@ def read_data(folder: Path) -> Data:
     path = folder / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no manifest.json; --data takes a folder that data/prepare.py made")
-    manifest = json.loads(path.read_text())
-    validation = manifest["splits"]["val"]
-    for shard in validation["shards"]:
-        if sha256(folder / shard["file"]) != shard["sha256"]:
-            raise ValueError(f"{folder / shard['file']} is not the file that manifest.json describes; prepare it again")
-    tokens = np.concatenate([read_shard(folder / shard["file"]) for shard in validation["shards"]])
-    return Data(folder.resolve().name, sha256(path), manifest["tokenizer"]["sha256"], tokens, validation["bytes"])
+    manifest, reason = load_json(read_text(path, []))
+    try:
+        shards = [folder / shard["file"] for shard in manifest["splits"]["val"]["shards"]]
+        for shard, stated in zip(shards, manifest["splits"]["val"]["shards"], strict=True):
+            if sha256(shard) != stated["sha256"]:
+                raise ValueError(f"{shard} is not the file that manifest.json describes; prepare it again")
+        data = Data(folder.resolve(), manifest, sha256(path), np.concatenate([read_shard(shard) for shard in shards]))
+        whole = data.tokenizer_sha256 and data.vocab_size > 1 and data.bos_id >= 0 and data.val_bytes > 0
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest of data/prepare.py: {reason or type(error).__name__} "
+                         f"{text(str(error))[:100]}") from None
+    if not whole or len(data.tokens) < 2:
+        raise ValueError(f"{folder} holds no validation text")
+    return data
 
 
 @dataclass
@@ -106,10 +137,27 @@ class Case:
 
     folder: Path
     data: Data | None = None
+    shadow: Data | None = None  # a text that nobody could train on, as another data folder
+    pre: bool = False  # the short check: fewer and shorter streams, a few seconds of training
     seconds: float = 1800.0  # for scoring one stream
-    probe_seed: int = field(default_factory=lambda: secrets.randbits(32))  # secret: known cuts can be avoided
+    seed: int | None = None  # of the places that are probed; None: from the record's own files
     say: Callable[[str], None] = lambda line: None
-    measurement: object = None  # of tools.probes
+
+    @cached_property
+    def probe_seed(self) -> int:
+        """What the probes draw from: given by the judge, or a hash of all that the record claims and ships."""
+        if self.seed is not None:
+            return self.seed
+        digest = hashlib.sha256()
+        kept = {key: value for key, value in self.submission.items() if key != "verdict"}
+        digest.update(json.dumps(kept, sort_keys=True).encode())
+        for path in [self.script, *self.models.values(), *(log.path for log in self.logs)]:
+            digest.update(sha256(path).encode() if is_plain(path) else b"missing")
+        return int.from_bytes(digest.digest()[:4])
+
+    def random(self, purpose: str) -> random.Random:
+        """Draws for one purpose: another for each record, the same when it is examined again."""
+        return random.Random(f"{self.probe_seed} {purpose}")
 
     @property
     def script(self) -> Path:
@@ -135,3 +183,11 @@ class Case:
         """The artifacts in the folder, by seed."""
         named = [(re.fullmatch(r"model_seed(\d{1,18})", path.stem), path) for path in self.folder.glob("*.bin")]
         return {int(match[1]): path for match, path in sorted(named, key=str) if match and is_plain(path)}
+
+    @cached_property
+    def source(self) -> str:
+        """The text of train_gpt.py, unpacked if it is compressed; "" if that fails."""
+        try:
+            return unpack(read_text(self.script, []))
+        except (ValueError, RecursionError):
+            return ""
