@@ -1269,6 +1269,7 @@ def make_result(run: RunConfig, model: LanguageModel, machine: Machine, dataset:
         tokens_seen=outcome.steps * run.train_batch_tokens,
         mean_lr_scale=round(outcome.mean_lr_scale, 4),
         interrupted=outcome.interrupted,
+        carries_state=is_sequential(model),
         params=sum(p.numel() for p in model.parameters()),
         code_sha256=hashlib.sha256(b"".join(f.read_bytes() for f in code_files())).hexdigest(),
         config_sha256=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),

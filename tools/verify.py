@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tools.referee.files
+import tools.referee.probes
 import tools.referee.scores  # noqa: F401  each registers its rules
 from tools.referee.case import Case, read_data
 from tools.referee.rules import RULES, Finding, judge
@@ -78,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("record", type=Path)
     parser.add_argument("--data", type=Path, help="the judge's data folder, with manifest.json")
     parser.add_argument("--seconds", type=float, default=1800.0, help="limit for scoring one stream (default 1800)")
+    parser.add_argument("--shadow", type=Path, help="another data folder, whose validation text nobody trained on")
+    parser.add_argument("--pre", action="store_true", help="the check of a minute before one submits; needs no --data")
     parser.add_argument("--probes", type=int, metavar="SEED", help="repeat the probes of an earlier verdict")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     parser.add_argument("--write", action="store_true", help="store the verdict in the record's submission.json")
@@ -85,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     say: Callable[[str], None] = lambda line: print(f"... {line}", file=sys.stderr, flush=True)  # noqa: E731
     options = {} if args.probes is None else {"seed": args.probes}
     try:
-        case, findings = open_case(args.record, args.data, seconds=args.seconds, say=say, **options), []
+        options |= {"pre": args.pre, "seconds": args.seconds, "say": say}
+        options |= {"shadow": read_data(args.shadow)} if args.shadow else {}
+        case, findings = open_case(args.record, args.data, **options), []
         for finding in examine(case):
             findings.append(finding)
             if not args.json:

@@ -144,16 +144,19 @@ class Case:
     say: Callable[[str], None] = lambda line: None
 
     @cached_property
-    def probe_seed(self) -> int:
-        """What the probes draw from: given by the judge, or a hash of all that the record claims and ships."""
-        if self.seed is not None:
-            return self.seed
+    def record_sha256(self) -> str:
+        """A hash of all that the record claims and ships, its verdict apart."""
         digest = hashlib.sha256()
         kept = {key: value for key, value in self.submission.items() if key != "verdict"}
         digest.update(json.dumps(kept, sort_keys=True).encode())
         for path in [self.script, *self.models.values(), *(log.path for log in self.logs)]:
             digest.update(sha256(path).encode() if is_plain(path) else b"missing")
-        return int.from_bytes(digest.digest()[:4])
+        return digest.hexdigest()
+
+    @property
+    def probe_seed(self) -> int:
+        """What the probes draw from: given by the judge, or the hash, so that it is not known before filing."""
+        return self.seed if self.seed is not None else int(self.record_sha256[:8], 16)
 
     def random(self, purpose: str) -> random.Random:
         """Draws for one purpose: another for each record, the same when it is examined again."""

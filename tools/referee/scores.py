@@ -1,109 +1,80 @@
-"""The rules that need the submission to score: tools.verify lets it run twice and compares its answers.
-
-    session 1   the validation text
-    session 2   prefixes of it, shortest first, each cut off and each with other tokens behind it; then the whole again
-
-Each session is a new process that, where there is bubblewrap, shares nothing with the other. What session 1 wrote
-cannot depend on the secret cuts, what session 2 wrote cannot depend on the tokens behind a cut, so where both agree no
-score used later tokens. One session for all would prove nothing: a submission could remember and repeat its answers.
-
-A score that uses its own target and nothing after it passes here; only relabelling the target shows that.
-"""
+"""Lets the submission score the streams of tools.referee.streams, and checks its answers against one another."""
 
 import math
-import random
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from tools.referee.case import Case
-from tools.referee.rules import RULES, Found, Skip, check
-from tools.referee.sandbox import Broken, Session, isolation
+from tools.referee.rules import RULES, Found, Skip, Table, check
+from tools.referee.sandbox import Act, Broken, Session, isolation
+from tools.referee.streams import (
+    CUT_RANGES,
+    FEW_LABELS,
+    PRE_TOKENS,
+    RELABEL_TOKENS,
+    TAIL_WINDOWS,
+    Geometry,
+    Stream,
+    behind_a_cut,
+    choose_cuts,
+    flip,
+    geometry,
+    labels_of,
+    made_up_text,
+    moved,
+    one_by_one,
+    relabelled,
+    rest_of_a_window,
+    sampled,
+)
 
-CUT_RANGES = ((0.0, 0.05), (0.05, 0.25), (0.25, 1.0))  # of the text; early cuts are cheap, so one is enough late
-_MEASURED = "measured"
-TAIL_WINDOWS = 4  # of other tokens behind a cut
-
-
-@dataclass
-class Probe:
-    """Scores of a stream whose targets before `cut` have the same past as in the validation text."""
-
-    change: str
-    cut: int
-    nats: np.ndarray
+MEASURED = "_measured"  # where a case keeps its measurement
 
 
 @dataclass
 class Measurement:
-    """What the submission answered. broken says why there is no more."""
+    """What the submission was asked and what it answered. broken says why there is no more."""
 
-    seed: int  # of the run whose artifact was scored
-    nats: np.ndarray | None = None
-    probes: list[Probe] = field(default_factory=list)
-    again: np.ndarray | None = None
+    model_seed: int  # of the run whose artifact was scored
+    tokens: np.ndarray
+    vocab_size: int
+    geometry: Geometry
+    whole: bool  # whether tokens are all of the judge's text
+    streams: list[Stream] = field(default_factory=list)  # that were answered
+    labels: np.ndarray | None = None
+    sampled_targets: np.ndarray | None = None
+    sampled_nats: np.ndarray | None = None  # -ln of the chance with which each was drawn
+    acts: list[Act] = field(default_factory=list)
+    box: str = ""  # the folder of the last session
     broken: str = ""
 
+    def of(self, *kinds: str) -> list[Stream]:
+        return [stream for stream in self.streams if stream.kind in kinds]
 
-def choose_cuts(num_targets: int, stride: int, rng: random.Random) -> list[int]:
-    """Places in the text, ascending: one on a window's edge, the others well inside, where a leak within it shows."""
-    on_edge, cuts = rng.randrange(len(CUT_RANGES)), set()
-    for number, (low, high) in enumerate(CUT_RANGES):
-        window = max(1, rng.randrange(int(low * num_targets) // stride, max(1, int(high * num_targets) // stride)))
-        inside = 0 if number == on_edge else rng.randint(stride // 4, 3 * stride // 4)
-        cuts.add(min(max(window * stride + inside, 1), num_targets - 1))
-    return sorted(cuts)
+    def text(self, session: int) -> np.ndarray:
+        """The answer to the text in that session."""
+        return next(stream.nats for stream in self.of("text") if stream.session == session)
 
+    @property
+    def nats(self) -> np.ndarray:
+        return self.text(1)
 
-def other_tail(tokens: np.ndarray, cut: int, length: int, rng: random.Random) -> np.ndarray:
-    """The tokens of the first `cut` targets, then others, taken from the text so that they look like it."""
-    length = min(length, len(tokens) - cut - 1)
-    begin = rng.randrange(len(tokens) - length + 1)
-    tail = tokens[begin : begin + length].copy()
-    different = tokens[tokens != tokens[cut + 1]]
-    if len(different):
-        tail[0] = rng.choice(different)
-    return np.concatenate((tokens[: cut + 1], tail))
+    @property
+    def shadow(self) -> np.ndarray | None:
+        return next((stream.nats for stream in self.of("shadow")), None)
 
+    @property
+    def noise(self) -> float:
+        """The largest difference in nats between two scores of one target of one stream."""
+        return float(np.abs(self.text(1).astype(float) - self.text(2)).max())
 
-def measured(case: Case) -> Measurement:
-    """What the submission answered; it is asked once."""
-    if _MEASURED not in case.__dict__:
-        case.__dict__[_MEASURED] = measure(case)
-    return case.__dict__[_MEASURED]
-
-
-def measure(case: Case) -> Measurement:
-    """Let the submission score the validation text, prefixes of it, and the text again."""
-    if case.data is None:
-        raise Skip("no --data folder to score")
-    seed = next((seed for seed in case.submission["seeds"] if seed in case.models), None)
-    if seed is None:
-        raise Skip("the folder has no model_seed<seed>.bin to score with")
-    result, tokens, rng = case.results[f"train_seed{seed}.log"], case.data.tokens, case.random("cuts")
-    num_targets = len(tokens) - 1
-    tail = TAIL_WINDOWS * min(result["eval_seq_len"], num_targets)
-    streams = []
-    for cut in choose_cuts(num_targets, min(max(result["eval_stride"], 1), max(1, num_targets // 8)), rng):
-        pair = ("cutting off", cut, tokens[: cut + 1]), ("changing", cut, other_tail(tokens, cut, tail, rng))
-        streams += rng.sample(pair, len(pair))
-    found = Measurement(seed)
-    server = case.script, case.models[seed], case.seconds, result["device"] if result["device"] in here() else None
-    try:
-        case.say(f"scoring {num_targets:,} targets in a clean process ({isolation()})")
-        with Session(*server) as session:
-            found.nats = session.score(tokens)
-        with Session(*server) as session:
-            for number, (change, cut, stream) in enumerate(streams, 1):
-                case.say(f"probe {number} of {len(streams)}: {len(stream) - 1:,} targets")
-                found.probes.append(Probe(change, cut, session.score(stream)[:cut]))
-            case.say(f"scoring {num_targets:,} targets again")
-            found.again = session.score(tokens)
-    except Broken as broken:
-        found.broken = str(broken)
-    return found
+    def tolerance(self, rule: str) -> float:
+        limit = RULES[rule]["limit"]
+        return limit["nats"] + limit["times_noise"] * min(self.noise, RULES["P20"]["limit"]["nats"])
 
 
 def here() -> set[str]:
@@ -112,42 +83,179 @@ def here() -> set[str]:
     return {"cpu"} | ({"cuda"} if cuda else set()) | ({"mps"} if mps else set())
 
 
-def noise(found: Measurement) -> float:
-    """The largest difference in nats between two scores of one target of one stream."""
-    return float(np.abs(found.nats.astype(float) - found.again).max())
+def measured(case: Case) -> Measurement:
+    """What the submission answered; it is asked once. Skip where there is nothing to ask."""
+    if MEASURED not in case.__dict__:
+        case.__dict__[MEASURED] = measure(case)
+    return case.__dict__[MEASURED]
 
 
-@check("P20")
-def score(case: Case) -> Found:
-    limit, found = RULES["P20"]["limit"], measured(case)
-    if found.nats is None:
-        return Found("", [found.broken])
-    result = case.results[f"train_seed{found.seed}.log"]
-    val_bpb = float(found.nats.sum(dtype=np.float64)) / (math.log(2) * case.data.val_bytes)
-    error = abs(val_bpb - result["val_bpb"])
-    detail = f"{val_bpb:.8f} measured, {result['val_bpb']:.8f} claimed for seed {found.seed}"
-    problems = [] if error <= limit["val_bpb"] else [detail]
-    if found.again is None:
-        problems.append(f"in a second session {found.broken}")
-    elif not noise(found) <= limit["nats"]:
-        problems.append(f"scored twice, one target differs by {noise(found):.3g} nats")
-    if problems == [detail] and error <= limit["val_bpb_other_device"] and result["device"] not in here():
-        raise Skip(f"{detail}; that was on {result['device']}, which is not here")
-    return Found(detail, problems)
+def complete(case: Case) -> Measurement:
+    """The same, for a rule that needs every answer."""
+    found = measured(case)
+    if found.broken:
+        raise Skip("the submission did not score every stream")
+    return found
+
+
+def prepare(case: Case) -> Measurement:
+    """The text and what is known about the submission before it is asked."""
+    if case.data is None and not case.pre:
+        raise Skip("no --data folder to score")
+    seed = next((seed for seed in case.submission["seeds"] if seed in case.models), None)
+    if seed is None:
+        raise Skip("the folder has no model_seed<seed>.bin to score with")
+    if case.data is None:
+        stated = next(iter(case.logs)).config.get("vocab_size")
+        vocab_size = stated if type(stated) is int and 2 < stated <= 1 << 16 else 256
+        tokens = made_up_text(vocab_size, PRE_TOKENS, case.random("text"))
+    else:
+        vocab_size = case.data.vocab_size
+        tokens = case.data.tokens[: PRE_TOKENS + 1] if case.pre else case.data.tokens
+    whole = case.data is not None and len(tokens) == len(case.data.tokens)
+    return Measurement(seed, tokens, vocab_size, geometry(case, len(tokens) - 1), whole)
+
+
+def plan(case: Case, found: Measurement, session: int) -> list[Stream]:
+    """The requests of a session: those that share a beginning with the text, shortest first, then the others."""
+    rng, tokens, shape = case.random(f"session {session}"), found.tokens, found.geometry
+    tail = TAIL_WINDOWS * shape.seq_len
+    first = [flip(tokens, shape, rng), flip(tokens, shape, rng)]
+    first += [rest_of_a_window(tokens, shape, rng), rest_of_a_window(tokens, shape, rng)]
+    ranges = CUT_RANGES if session == 1 or case.pre else CUT_RANGES[:2]
+    for cut in choose_cuts(len(tokens) - 1, min(shape.stride, max(1, len(tokens) // 8)), rng, ranges):
+        first += behind_a_cut(tokens, cut, tail, rng)
+    mixed = [moved(tokens, shape, rng), Stream("text", tokens, len(tokens) - 1)]
+    if session == 1:
+        found.labels = labels_of(tokens, found.vocab_size, RELABEL_TOKENS // shape.slot, rng)
+        mixed.append(relabelled(tokens, found.labels, shape, rng))
+    else:
+        stream, found.sampled_targets, found.sampled_nats = sampled(tokens, found.vocab_size, rng)
+        mixed.append(stream)
+        if not windows_are_alike(found):
+            labels = labels_of(tokens, found.vocab_size, FEW_LABELS[case.pre], rng)
+            mixed += one_by_one(tokens, labels, shape, rng)
+        if case.shadow is not None and not case.pre:
+            mixed.append(Stream("shadow", case.shadow.tokens))
+    return sorted(first, key=lambda stream: stream.same) + rng.sample(mixed, len(mixed))
+
+
+def measure(case: Case) -> Measurement:
+    """Let the submission score two sessions of streams."""
+    found = prepare(case)
+    device = case.results.get(f"train_seed{found.model_seed}.log", {}).get("device")
+    server = case.script, case.models[found.model_seed], case.seconds, device if device in here() else None
+    try:
+        for session in (1, 2):
+            streams = plan(case, found, session)
+            targets = sum(len(stream.tokens) - 1 for stream in streams)
+            case.say(f"session {session}: {len(streams)} streams, {targets:,} targets ({isolation()})")
+            with Session(*server) as asked:
+                try:
+                    ask(asked, streams, session, found)
+                finally:
+                    found.acts += asked.box.acts()
+                    found.box = str(asked.box.folder)
+    except Broken as broken:
+        found.broken = str(broken)
+    return found
+
+
+def ask(asked: Session, streams: list[Stream], session: int, found: Measurement) -> None:
+    """Hand over one stream after the other; the first answer is on the clock from the start of the process."""
+    began = asked.box.started
+    for stream in streams:
+        stream.session, stream.nats = session, asked.score(stream.tokens)
+        stream.seconds = time.monotonic() - began
+        began = time.monotonic()
+        found.streams.append(stream)
+
+
+def windows_are_alike(found: Measurement) -> bool:
+    """Whether every copy of a repeated window got the scores that the text's own got, up to the label."""
+    stream = found.of("relabelled")[0]
+    low, place = found.geometry.alike_from, stream.begin
+    pieces = rows(found)[:, low:place]
+    own = found.nats[stream.end + low : stream.end + place]
+    return bool(place > low and (np.abs(pieces - own.astype(float)) <= RULES["P02"]["limit"]["nats"]).all())
+
+
+def rows(found: Measurement) -> np.ndarray:
+    """The answers to the repeated window, one row per label."""
+    return found.of("relabelled")[0].nats.reshape(len(found.labels), found.geometry.slot)
+
+
+def moves(found: Measurement, rule: str, kinds: tuple[str, ...]) -> tuple[list[str], Table]:
+    """Where scores before a change differ from those of the text in the other session."""
+    tolerance, problems = found.tolerance(rule), []
+    evidence = Table("Scores before a change, compared with the text in the other session",
+                     ["session", "change", "targets before it", "moved", "first moved", "nats moved"], [])
+    for stream in found.of(*kinds):
+        own = found.text(3 - stream.session)[: stream.same].astype(float)
+        difference = np.abs(own - stream.nats[: stream.same])
+        wrong = np.flatnonzero(~(difference <= tolerance))
+        first = int(wrong[0]) + 1 if len(wrong) else None
+        most = float(difference.max(initial=0.0))
+        evidence.rows.append([stream.session, stream.kind, stream.same, len(wrong), first, most])
+        if len(wrong):
+            what = {"cut": "cutting off", "changed": "changing"}.get(stream.kind, "another token at")
+            at = f"what follows target {stream.same:,}" if stream.kind != "flip" else f"target {stream.same + 1:,}"
+            problems.append(f"{what} {at} moves {len(wrong):,} scores before it, the first of target {first:,}, by up "
+                            f"to {most:.3g} nats")
+    return problems, evidence
 
 
 @check("P01")
 def causality(case: Case) -> Found:
-    limit, found, problems = RULES["P01"]["limit"], measured(case), []
-    if found.again is None:
-        raise Skip("the submission did not score every stream")
-    tolerance = limit["nats"] + limit["times_noise"] * min(noise(found), RULES["P20"]["limit"]["nats"])
-    for probe in found.probes:
-        moved = np.abs(found.nats[: probe.cut].astype(float) - probe.nats)
-        wrong = np.flatnonzero(~(moved <= tolerance))
-        if len(wrong):
-            problems.append(f"{probe.change} what follows target {probe.cut:,} moves {len(wrong):,} scores before it, "
-                            f"the first of target {wrong[0] + 1:,}, by up to {moved.max():.3g} nats")
-    cuts = sorted({probe.cut for probe in found.probes})
-    detail = f"nothing after target {', '.join(f'{cut:,}' for cut in cuts)} matters; noise {noise(found):.1g}"
-    return Found(detail, problems)
+    found = complete(case)
+    problems, evidence = moves(found, "P01", ("cut", "changed"))
+    cuts = sorted({stream.same for stream in found.of("cut")})
+    detail = f"nothing after target {', '.join(f'{cut:,}' for cut in cuts)} matters; noise {found.noise:.1g}"
+    return Found(detail, problems, [evidence])
+
+
+@check("P05")
+def score_first(case: Case) -> Found:
+    found = complete(case)
+    problems, evidence = moves(found, "P05", ("flip", "window"))
+    return Found(f"{len(evidence.rows)} changes inside a window leave the scores before them", problems, [evidence])
+
+
+@check("P04")
+def each_once(case: Case) -> Found:
+    found = measured(case)
+    answered = sum(len(stream.nats) for stream in found.streams)
+    problems = [found.broken] if found.broken else []
+    started = [act.what for act in found.acts if act.kind == "process" and not act.allowed]
+    problems += [f"it started another program: {what[:200]}" for what in started[:3]]
+    return Found(f"{answered:,} scores for as many targets in {len(found.streams)} streams", problems)
+
+
+@check("P11")
+def eval_clock(case: Case) -> Found:
+    found = measured(case)
+    if not found.of("text") or not found.whole:
+        raise Skip("the short check does not time the whole text" if case.pre else "the text was not scored")
+    limit, first = RULES["P11"]["limit"]["seconds_10min_16mb"], {}
+    for stream in found.streams:  # the first answer of a session took the start of its process, a little too much
+        first.setdefault(stream.session, stream.seconds)
+    seconds = max(first[stream.session] + stream.seconds for stream in found.of("text"))
+    detail = f"{seconds:.1f} s from the start of a process to the last score"
+    over = seconds > limit and case.submission["track"] == "10min_16mb"
+    return Found(detail, [f"{detail}, the track allows {limit:g}"] if over else [])
+
+
+@check("P20")
+def reload(case: Case) -> Found:
+    limit, found = RULES["P20"]["limit"], complete(case)
+    if not found.noise <= limit["nats"]:
+        return Found("", [f"scored twice, one target differs by {found.noise:.3g} nats"])
+    if not found.whole:
+        raise Skip("the short check does not score the whole text")
+    result = case.results[f"train_seed{found.model_seed}.log"]
+    val_bpb = float(found.nats.sum(dtype=np.float64)) / (math.log(2) * case.data.val_bytes)
+    error = abs(val_bpb - result["val_bpb"])
+    detail = f"{val_bpb:.8f} measured, {result['val_bpb']:.8f} claimed for seed {found.model_seed}"
+    if limit["val_bpb"] < error <= limit["val_bpb_other_device"] and result["device"] not in here():
+        raise Skip(f"{detail}; that was on {result['device']}, which is not here")
+    return Found(detail, [] if error <= limit["val_bpb"] else [detail])
