@@ -81,6 +81,9 @@ def isolation(case: Case) -> Found:
     if any(result.get("carries_state") is True for result in case.results.values()):
         return Found("the record declares that it carries a state from window to window")
     tolerance, problems, table = found.tolerance("P21"), [], []
+    if not windows_are_alike(found):
+        problems.append("a window that is repeated gets other scores than the same window in the text, and the record "
+                        "declares no state")
     for stream in found.of("moved"):
         begin = stream.end + found.geometry.seq_len
         own = found.text(3 - stream.session)[begin : len(stream.nats)].astype(float)

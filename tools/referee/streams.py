@@ -22,7 +22,7 @@ TAIL_WINDOWS = 4  # of other tokens behind a cut
 PRE_TOKENS = 1 << 15  # of the text in the short check
 RELABEL_TOKENS = 1 << 19  # of the stream that holds one window many times
 MOVED_WINDOWS = 48  # more than are scored at once, so that the change and what it must not reach share a batch
-FEW_LABELS = 64, 16  # whole and short check: labels tried one by one where windows are not alike
+LABEL_SECONDS = 60.0, 10.0  # whole and short check: for labels one by one, where windows are not alike
 SAMPLED = 0.03  # of the tokens are replaced by drawn ones
 MADE_UP_DOCUMENT = 400  # tokens
 
@@ -166,9 +166,10 @@ def labels_of(tokens: np.ndarray, vocab_size: int, limit: int, rng: random.Rando
     return np.concatenate((often[:half], sorted(rng.sample(list(often[half:]), limit - half))))
 
 
-def one_by_one(tokens: np.ndarray, labels: np.ndarray, geometry: Geometry, rng: random.Random) -> list[Stream]:
-    """A beginning of the text once per label, a stream each, with the label as its last target."""
+def one_by_one(tokens: np.ndarray, vocab_size: int, geometry: Geometry, rng: random.Random) -> list[Stream]:
+    """A beginning of the text once per label, a stream each, with the label as its last target; frequent ones first."""
     target = min(rng.randint(geometry.seq_len // 2, 2 * geometry.seq_len), len(tokens) - 2)
+    labels = np.argsort(-np.bincount(tokens, minlength=vocab_size), kind="stable")
     return [Stream("label", np.append(tokens[: target + 1], label), target, target, int(label)) for label in labels]
 
 
