@@ -13,6 +13,7 @@ import secrets
 import selectors
 import shutil
 import signal
+import site
 import stat
 import subprocess
 import sys
@@ -35,6 +36,7 @@ GRACE_SECONDS = 5.0  # for a killed program to be gone
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt", "/nix/store", "/sys/devices/system/cpu")
 SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/passwd", "/etc/localtime")
 ABOUT_ITSELF = ("self", "cpuinfo", "meminfo", "stat", "filesystems", "version", "sys")  # under /proc
+DEVICES = ("null", "zero", "random", "urandom")  # under /dev
 SUPERVISE, SHIM = (Path(__file__).with_name(name).read_text() for name in ("supervise.py", "shim.py"))
 
 
@@ -59,7 +61,7 @@ def limited(command: list[str], seconds: float, file_bytes: int = FILE_BYTES) ->
 
 def readable() -> tuple[str, ...]:
     """The folders of the machine that a submission may read: the system and Python."""
-    return tuple(dict.fromkeys((*SYSTEM, *SETTINGS, sys.base_prefix, sys.prefix)))
+    return tuple(dict.fromkeys((*SYSTEM, *SETTINGS, sys.base_prefix, sys.prefix, site.getusersitepackages())))
 
 
 def bubblewrap(box: Path, env: Mapping[str, str]) -> list[str]:
@@ -95,8 +97,8 @@ class Box:
     """A program in a folder of its own, and all that it says."""
 
     def __init__(self, files: Mapping[str, Path], arguments: list[str], env: Mapping[str, str], seconds: float,
-                 processes: bool = False):
-        """files are copied in by name; arguments follow train_gpt.py; processes: whether it may start programs."""
+                 processes: bool = False, program: str = "train_gpt.py"):
+        """files are copied in by name; arguments follow program; processes: whether it may start programs."""
         self.seconds = seconds
         self.temporary = tempfile.TemporaryDirectory(prefix="box_", ignore_cleanup_errors=True)
         self.folder = Path(self.temporary.name).resolve()
@@ -105,14 +107,14 @@ class Box:
             shutil.copyfile(source, self.folder / name)
         env = {key: os.environ[key] for key in ("OMP_NUM_THREADS",) if key in os.environ} | dict(env)
         shut_in = bubblewrap_works()
-        own = [str(self.folder), "/dev/null", "/dev/shm", *(["/tmp"] if shut_in else [])]
-        if not shut_in:
-            (self.folder / "tmp").mkdir()
-            env["TMPDIR"] = str(self.folder / "tmp")
+        own = [str(self.folder), "/dev/null", *(["/dev/shm"] if shut_in else [])]
+        (self.folder / "tmp").mkdir()
+        env["TMPDIR"] = str(self.folder / "tmp")
         ledger, write_end = os.pipe()
-        words = [write_end, int(not shut_in), int(processes), os.pathsep.join(own),
-                 os.pathsep.join((*readable(), *(f"/proc/{name}" for name in ABOUT_ITSELF), "/dev"))]
-        command = [sys.executable, "-c", SHIM, *map(str, words), "train_gpt.py", *arguments]
+        roots = (*readable(), *(f"/proc/{name}" for name in ABOUT_ITSELF), *(f"/dev/{name}" for name in DEVICES))
+        words = write_end, int(not shut_in), int(processes), os.pathsep.join(own), os.pathsep.join(roots)
+        # -B: an honest import must not try to leave compiled files beside a package
+        command = [sys.executable, "-B", "-c", SHIM, *map(str, words), program, *arguments]
         command = limited([*(bubblewrap(self.folder, env) if shut_in else []), *command], 20 * seconds)
         pipe = subprocess.PIPE
         self.started = time.monotonic()
@@ -134,14 +136,18 @@ class Box:
         try:
             self.process.wait(timeout=GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
             self.process.wait()
+        with suppress(ProcessLookupError, PermissionError):  # what a killed supervisor left behind
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.selector.close()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr, self.ledger):
             with suppress(BrokenPipeError):
                 pipe.close()
-        self.temporary.cleanup()
+        with suppress(RecursionError):  # folders nested deeper than Python counts
+            self.temporary.cleanup()
+        if self.folder.exists():
+            subprocess.run(["rm", "-rf", "--", str(self.folder)], stderr=subprocess.DEVNULL, check=False)
 
     def send(self, line: bytes) -> None:
         with suppress(BrokenPipeError):  # the answer, which then will not come, says why
@@ -177,7 +183,7 @@ class Box:
     def ending(self) -> str:
         """How the process ended and the last that it said."""
         try:
-            status = self.process.wait(timeout=self.seconds)
+            status = self.process.wait(timeout=GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             return "it closed its output and did not end"
         said = [line for line in self.received["stderr"].decode(errors="replace").splitlines() if line.strip()]
@@ -185,9 +191,11 @@ class Box:
 
     def acts(self) -> list[Act]:
         """The ledger so far. A submission could write to it too, so an entry that cannot be read is an act as well."""
-        with suppress(Broken):
-            while any(key.data == "ledger" for key in self.selector.get_map().values()) and self.receive(0.0):
-                pass
+        while self.output_bytes["ledger"] <= OUTPUT_BYTES and any(
+            key.data == "ledger" for key, _ in self.selector.select(0.0)
+        ):
+            with suppress(Broken):
+                self.receive(0.0)
         found = []
         for line in self.received["ledger"].splitlines():
             value, _ = load_json(line.decode(errors="replace"))
@@ -216,7 +224,10 @@ class Session:
         box, request = self.box, {"tokens": f"{secrets.token_hex(8)}.bin", "nats": f"{secrets.token_hex(8)}.bin"}
         header = np.zeros(HEADER_BYTES // 4, "<i4")
         header[:3] = MAGIC, VERSION, len(tokens)
-        (box.folder / request["tokens"]).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+        try:
+            (box.folder / request["tokens"]).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+        except OSError as error:
+            raise Broken(f"its folder can no longer be written: {error.strerror}") from None
         box.send(json.dumps(request).encode())
         answer, _ = load_json(box.line().decode(errors="replace"))
         if not isinstance(answer, dict):
@@ -236,10 +247,11 @@ def read_nats(path: Path, num_targets: int) -> np.ndarray:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise Broken(f"it wrote no scores: {error.strerror}") from None
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != 4 * num_targets:
+        os.close(file)
+        raise Broken(f"it wrote {found.st_size:,} bytes for {num_targets:,} targets of 4 bytes each")
     with os.fdopen(file, "rb") as opened:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != 4 * num_targets:
-            raise Broken(f"it wrote {found.st_size:,} bytes for {num_targets:,} targets of 4 bytes each")
         nats = np.frombuffer(opened.read(4 * num_targets), "<f4")
     if not np.isfinite(nats).all():
         raise Broken(f"{int((~np.isfinite(nats)).sum()):,} of its scores are not finite")

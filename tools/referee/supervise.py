@@ -40,15 +40,18 @@ def reap(*_: object) -> None:
 
 def main() -> None:
     for name, limit in zip(("CPU", "DATA", "FSIZE", "CORE"), (*map(int, sys.argv[1:4]), 0), strict=True):
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-    if sys.platform == "linux":
-        prctl = ctypes.CDLL(None).prctl
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, lambda *_: (reap(), os._exit(143)))
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         try:
             os.execv(sys.argv[4], sys.argv[4:])
         finally:
