@@ -1,6 +1,7 @@
 """Filing runs as a record: what is written, and what is refused."""
 
 import functools
+import hashlib
 import json
 import re
 import shlex
@@ -111,10 +112,98 @@ def test_readme_command_sets_what_the_script_does_not(filed, data):
 
 
 def test_one_seed_is_filed_with_a_warning(copied, tmp_path, capsys):
+    shutil.rmtree(copied[1][1])
     assert file_runs(copied[0], copied[1][:1], tmp_path / "records") == 0
     assert "one seed" in capsys.readouterr().out
     said = json.loads(next(tmp_path.glob("records/*/*/submission.json")).read_text())
     assert said["val_bpb_std"] is None
+
+
+def all_runs_of(out: Path) -> dict[str, dict]:
+    said = json.loads(next(out.glob("*/*/submission.json")).read_text())
+    return {row["run_id"]: row for row in said["all_runs"]}
+
+
+def another_run(runs: list[Path], name: str, **changes: object) -> Path:
+    """A folder beside the runs with a log like theirs, but for its settings and some values of its result."""
+    folder = Path(shutil.copytree(runs[1], runs[1].with_name(name)))
+    log = folder / "train.log"
+    config = config_of(log) | {"run_id": name} | {key: changes[key] for key in ("seed",) if key in changes}
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(["config:" + json.dumps(config), *lines[1:]]) + "\n")
+    change_result(log, run_id=name, **changes)
+    return folder
+
+
+def test_record_refuses_to_leave_out_a_finished_run(copied, tmp_path, capsys):
+    script, runs = copied
+    another_run(runs, "e", seed=3)
+    assert file_runs(script, runs, tmp_path / "records") == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'e'} is another finished run of this configuration; name it too" in error
+    assert error.count("\n") == 1 and not list(tmp_path.glob("records/**/*.json"))
+
+
+def test_record_lists_runs_that_do_not_count(copied, tmp_path):
+    script, runs = copied
+    cut_result([runs[0], another_run(runs, "unfinished", seed=3)])
+    another_run(runs, "stopped", seed=4, interrupted=True)
+    another_run(runs, "broken", seed=5, valid=False)
+    another_run(runs, "again")
+    assert file_runs(script, runs, tmp_path / "records") == 0
+    rows = all_runs_of(tmp_path / "records")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "1337": "scored", "42": "scored", "unfinished": "unfinished", "stopped": "interrupted", "broken": "invalid",
+        "again": "repeated",
+    }
+    assert rows["unfinished"]["val_bpb"] is None and rows["unfinished"]["seed"] == 3
+    assert rows["42"]["val_bpb"] == rows["again"]["val_bpb"] > 0
+    page = next(tmp_path.glob("records/*/*/README.md")).read_text()
+    assert "| unfinished | 3 |  | unfinished |" in page and "| stopped | 4 |" in page
+
+
+OTHER_EXPERIMENTS = {"settings": ("matrix_lr", 0.02), "data": ("data_path", "elsewhere/other")}
+
+
+@pytest.mark.parametrize("what", OTHER_EXPERIMENTS)
+def test_record_leaves_out_runs_with_other(copied, tmp_path, what):
+    script, runs = copied
+    other = another_run(runs, "e", seed=3) / "train.log"
+    key, value = OTHER_EXPERIMENTS[what]
+    config, lines = config_of(other), other.read_text().splitlines()
+    other.write_text("\n".join(["config:" + json.dumps(config | {key: value}), *lines[1:]]) + "\n")
+    assert file_runs(script, runs, tmp_path / "records") == 0
+    assert set(all_runs_of(tmp_path / "records")) == {"1337", "42"}
+
+
+def test_record_leaves_out_runs_of_another_script(copied, tmp_path):
+    script, runs = copied
+    another_run(runs, "e", seed=3, code_sha256="0" * 64)
+    assert file_runs(script, runs, tmp_path / "records") == 0
+    assert set(all_runs_of(tmp_path / "records")) == {"1337", "42"}
+
+
+def test_record_of_a_compressed_script_has_a_readable_copy(copied, tmp_path):
+    script, runs = copied
+    packed = tmp_path / "compressed.py"
+    packed.write_text(pack.compress(script.read_text()))
+    size, code = packed.stat().st_size, hashlib.sha256(packed.read_bytes()).hexdigest()
+    for run in runs:
+        bytes_model = (run / "model.bin").stat().st_size
+        change_result(run / "train.log", bytes_code=size, bytes_total=size + bytes_model, code_sha256=code)
+    assert file_runs(packed, runs, tmp_path / "records") == 0
+    folder = next(tmp_path.glob("records/*/*"))
+    assert (folder / "train_gpt_readable.py").read_bytes() == script.read_bytes()
+    assert "train_gpt_readable.py" in (folder / "README.md").read_text()
+    assert json.loads((folder / "submission.json").read_text())["bytes_code"] == size
+
+
+def test_record_warns_of_what_a_judge_has_to_look_at(copied, tmp_path, capsys):
+    script, runs = copied
+    for run in runs:
+        change_result(run / "train.log", pre_quant_val_bpb=99.0)
+    assert file_runs(script, runs, tmp_path / "records") == 0
+    assert "warning: a judge has to look at P25 plausible" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_is_filed_only_on_demand(copied, tmp_path, capsys):
@@ -141,6 +230,7 @@ SPOILT = {
     "seed 1337 is there twice": lambda runs: change_result(runs[1] / "train.log", seed=1337),
     "not the artifact": lambda runs: (runs[1] / "model.bin").write_bytes(b"other"),
     "has no model.bin": lambda runs: (runs[1] / "model.bin").unlink(),
+    "P11 eval clock": lambda runs: change_result(runs[1] / "train.log", score_seconds=99.0),
     "P07 identity": lambda runs: change_result(runs[1] / "train.log", nats_sum=1.0),
 }
 

@@ -161,6 +161,7 @@ def test_verify_rejects_what_is_over_the_cap(honest, monkeypatch):
 def test_verify_reads_a_compressed_script_and_rejects_a_damaged_one(copy):
     script = copy / "train_gpt.py"
     compressed = pack.compress(script.read_text())
+    script.rename(copy / "train_gpt_readable.py")
     script.write_text(compressed)
     assert "P13" not in failed(copy)
     script.write_text(compressed.replace("b85decode('", "b85decode('!!"))
@@ -175,7 +176,7 @@ def test_verify_rejects_runs_on_other_data(honest, data, tmp_path):
 
 def test_verify_rejects_a_model_that_does_not_load(copy, data):
     flip_a_bit(copy)
-    assert "ended with status 2" in problems(copy, data, "P20")
+    assert "ended with status 2" in problems(copy, data, "P04")
 
 
 def test_verify_catches_attention_that_sees_later_tokens(copy, data):
@@ -214,7 +215,8 @@ MISBEHAVIOUR = {
 def test_verify_reports_a_script_that(copy, data, what):
     body, words = MISBEHAVIOUR[what]
     (copy / "train_gpt.py").write_text(SERVER.format(body=body))
-    assert words in problems(copy, data, "P20", seconds=1.0 if what == "hangs" else 30.0)
+    rule = "P20" if what in ("scores at random", "claims another score") else "P04"
+    assert words in problems(copy, data, rule, seconds=1.0 if what == "hangs" else 30.0)
 
 
 FORESIGHT = {

@@ -5,41 +5,34 @@
     python -m tools.record RUN ... --allow-interrupted                                    a run that was stopped by hand
 
 RUN is the folder of one seed's run of the packed script: `python -m tools.pack gpt -o packed.py`, `python packed.py`.
-All numbers are taken from the logs. A folder that would not pass the rules of tools.verify is not written.
+All numbers are taken from the logs. Runs of the same configuration that lie beside a RUN are disclosed: a finished one
+of another seed must be named too, the rest is listed. A folder that fails a rule of tools.verify is not written.
 """
 
 import argparse
-import ast
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 from tools.logs import read_log
 from tools.pack import unpack
+from tools.record_page import Run, readme
 from tools.referee.case import RESULT, SEED_RESULT, config_of, mistyped, sha256
-from tools.referee.files import SAME_FOR_ALL, TRACKS
+from tools.referee.claims import SAME_FOR_ALL, all_runs
+from tools.referee.code import READABLE
+from tools.referee.files import TRACKS
+from tools.referee.rules import RULES
 from tools.untrusted import text
 from tools.verify import verify
 
-SEEDS_NEEDED = {"10min_16mb": 3, "non_record_16mb": 1}
-NOT_SETTINGS = ("arch", "seed", "run_id", "out_dir", "data_path", "tokenizer_path")
-
-
-class Run(NamedTuple):
-    """One finished run."""
-
-    folder: Path
-    config: dict
-    result: dict
+SEEDS_NEEDED = {"10min_16mb": RULES["P17"]["limit"]["seeds_10min_16mb"], "non_record_16mb": 1}
 
 
 def read_run(folder: Path, allow_interrupted: bool) -> Run:
@@ -95,87 +88,9 @@ def submission(runs: list[Run], args: argparse.Namespace) -> dict:
     said |= {"bytes_code": results[0]["bytes_code"], "bytes_model_max": max(r["bytes_model"] for r in results),
              "bytes_total": max(r["bytes_total"] for r in results)}
     said |= {key: results[0][key] for key in ("cap_seconds", "dataset", "val_bytes", "val_tokens", "params")}
+    said["all_runs"] = all_runs([(run.folder, run.result) for run in runs])
     said |= {key: "; ".join(dict.fromkeys(r[key] for r in results)) for key in ("hardware", "torch")}
     return said | {"verdict": {"status": "unverified", "reasons": [], "verified_with": ""}}
-
-
-def script_defaults(source: str) -> dict[str, str]:
-    """Returns what a packed script uses when nothing is set: setting -> text of its environment variable."""
-    found, body = {}, ast.parse(source).body
-    for scope in (node for node in body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
-        for node in scope.body:
-            if isinstance(node, ast.AnnAssign) and node.value is not None:
-                with suppress(ValueError):  # a default that is not a literal is not known here
-                    found[node.target.id] = as_variable(ast.literal_eval(node.value))
-    for node in body:  # the settings that tools.pack baked in
-        if isinstance(node, ast.For) and ast.unparse(node.target) == "setting":
-            found |= {name.lower(): value for name, value in ast.literal_eval(node.iter.func.value).items()}
-    return found
-
-
-def as_variable(value: object) -> str:
-    """Returns the environment variable that gives a setting this value."""
-    return "none" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def command(run: Run, source: str, script: str) -> str:
-    """Returns the shell command that repeats a run: every setting that differs from the script's own default."""
-    defaults, result = script_defaults(source), run.result
-    values = {name: as_variable(value) for name, value in run.config.items() if name not in NOT_SETTINGS}
-    settings = {"data_path": f"data/datasets/{result['dataset']}", "seed": str(result["seed"])}
-    settings |= {name: value for name, value in values.items() if defaults.get(name) != value}
-    variables = " ".join(f"{name.upper()}={shlex.quote(value)}" for name, value in settings.items())
-    many = f"torchrun --standalone --nproc_per_node={result['world_size']}"
-    return f"{variables} {many if result['world_size'] > 1 else 'python'} {script}"
-
-
-README = """# {name}
-
-{blurb}
-
-{author} ([{github_id}](https://github.com/{github_id})), {date}, track `{track}`, architecture `{arch}`.
-
-| Seed | val_bpb | val_loss | Steps | Training, s | Scoring, s | Model, bytes | Total, bytes |
-|-----:|--------:|---------:|------:|------------:|-----------:|-------------:|-------------:|
-{rows}
-| mean | {val_bpb:.6f} | {val_loss:.6f} | | | | | |
-| sample std | {val_bpb_std} | {val_loss_std} | | | | | |
-{notes}
-Parameters: {params:,}. Code: {bytes_code:,} bytes. Hardware: {hardware}. PyTorch {torch}.
-Data: `{dataset}`, {val_bytes:,} bytes of validation text, {val_tokens:,} scored tokens; sha256 of its manifest.json:
-`{data_sha256}`.
-
-## Repeat it
-In the root of the kit, with that data set in `data/datasets/{dataset}`:
-```bash
-{commands}
-python -m tools.verify {place} --data data/datasets/{dataset}
-```
-On another machine the number of steps inside the time limit, and with it the score, will differ.
-
-## What was measured
-`val_bpb` is the sum of nats over all {val_tokens:,} targets of the validation text, over ln 2 and its {val_bytes:,}
-raw bytes; `val_loss` is the same sum per target. Both are of the stored artifact, read back from disk. Training
-seconds run from the first batch to the last update{cap}; warm-up on random tokens, export and scoring
-lie outside. Bytes are those of `train_gpt.py` and of the artifact on disk; the largest seed counts.
-`model_seed{first_seed}.bin` is the artifact of the first seed. `tools.record` wrote this file from the logs.
-"""
-
-
-def readme(runs: list[Run], said: dict, source: str, place: str) -> str:
-    """Returns the text of README.md; every number comes from the logs."""
-    row = ("| {seed} | {val_bpb:.6f} | {val_loss:.6f} | {steps:,} | {train_seconds:.3f} | {score_seconds:.3f} | "
-           "{bytes_model:,} | {bytes_total:,} |")
-    notes = ["One seed: nothing is known about the spread."] if len(runs) == 1 else []
-    notes += [f"Interrupted by hand: seed {run.result['seed']}." for run in runs if run.result["interrupted"]]
-    stds = {key: "none" if said[key] is None else f"{said[key]:.6f}" for key in ("val_bpb_std", "val_loss_std")}
-    cap = f", at most {said['cap_seconds']:g} s" if said["cap_seconds"] else ", without a cap"
-    return README.format(
-        **{**said, **stds}, notes="".join(f"\n{note}\n" for note in notes), cap=cap, place=place,
-        rows="\n".join(row.format(**run.result) for run in runs),
-        data_sha256=runs[0].result["data_sha256"], first_seed=said["seeds"][0],
-        commands="\n".join(command(run, source, f"{place}/train_gpt.py") for run in runs),
-    )
 
 
 @contextmanager
@@ -194,8 +109,8 @@ def built_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(workshop, ignore_errors=True)
 
 
-def record(args: argparse.Namespace) -> Path:
-    """Files the runs and returns the record's folder."""
+def record(args: argparse.Namespace) -> tuple[Path, list[str]]:
+    """Files the runs; returns the record's folder and what a judge will have to look at."""
     if not re.fullmatch(r"[a-z0-9_.-]+", args.name):
         raise ValueError(f"--name {args.name} must be made of a-z, 0-9, _ . and -")
     args.author, args.github_id, args.blurb = text(args.author), text(args.github_id), text(args.blurb)
@@ -212,12 +127,19 @@ def record(args: argparse.Namespace) -> Path:
         for run in runs:
             shutil.copyfile(run.folder / "train.log", build / f"logs/train_seed{run.result['seed']}.log")
         (build / "submission.json").write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        page = readme(runs, said, unpack(args.script.read_text()), f"records/{place}")
+        packed = args.script.read_text(encoding="utf-8")
+        source = unpack(packed)
+        if source != packed:
+            (build / READABLE).write_bytes(source.encode())
+        page = readme(runs, said, source, f"records/{place}", compressed=source != packed)
         (build / "README.md").write_text(page, encoding="utf-8")
-        for finding in verify(build):
+        findings = verify(build)
+        for finding in findings:
             if finding.status == "FAIL":
                 raise ValueError(f"{finding.rule} {finding.title}: {finding.problems[0]}. {finding.fix}")
-    return args.out / place
+    held = [f"{finding.rule} {finding.title}: {problem}" for finding in findings if finding.status == "HOLD"
+            for problem in finding.problems]
+    return args.out / place, held
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,10 +154,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allow-interrupted", action="store_true")
     args = parser.parse_args(argv)
     try:
-        folder = record(args)
+        folder, held = record(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for problem in held:
+        print(f"warning: a judge has to look at {problem}")
     if len(args.runs) == 1:
         print("warning: one seed says nothing about the spread; a claim needs three")
     print(f"{folder}: now `python -m tools.verify {folder} --data data/datasets/...` measures the score again")

@@ -30,7 +30,6 @@ NEEDS = {
 UPSTREAM = "https://github.com/openai/parameter-golf"
 REFERENCE = re.compile(r"(?<![\w/`])((?:[\w.-]+/[\w.-]+)?)#(\d+)\b")  # owner/name#123 or #123
 LABEL = re.compile(r"(\[([\w./-]*)#(\d+)\])")
-MARGIN_NATS, MARGIN_P = 0.005, 0.01  # per byte; one-sided
 
 INTRODUCTION = """# The rules
 
@@ -207,8 +206,8 @@ def render(rules: list[dict], failures: dict[str, str]) -> str:
     competition = COMPETITION.format(
         cap_bytes=words(limits["P12"]["bytes"]), train_seconds=words(limits["P10"]["cap_seconds_10min_16mb"]),
         score_seconds=words(limits["P11"]["seconds_10min_16mb"]), seeds_10min=SEEDS_NEEDED["10min_16mb"],
-        seeds_non_record=SEEDS_NEEDED["non_record_16mb"], margin=words(MARGIN_NATS), p=words(MARGIN_P),
-        margin_bits=f"{MARGIN_NATS / math.log(2):.4f}")
+        seeds_non_record=SEEDS_NEEDED["non_record_16mb"], margin=words(limits["P17"]["margin_nats"]),
+        p=words(limits["P17"]["margin_p"]), margin_bits=f"{limits['P17']['margin_nats'] / math.log(2):.4f}")
     written = "<!-- Written by python -m tools.rules from tools/rules.json and tools/failures.json; edit those. -->\n"
     page = "\n".join([written + INTRODUCTION, rules_of(rules), failures_of(rules, failures), competition])
     return f"{page}\n{targets(page, rules)}"

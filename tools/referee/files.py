@@ -1,4 +1,4 @@
-"""The rules that a record's own files decide.
+"""The rules on layout, sizes, clocks and logs that a record's own files decide.
 
 Records come from strangers: a value that is missing or of another type is a failure of the rule that needed it, and
 comparisons are written so that NaN fails them.
@@ -10,22 +10,24 @@ import math
 import re
 from datetime import date
 from itertools import pairwise
-from statistics import fmean, stdev
 
 from tools.logs import Log
 from tools.referee.case import RESULT, SEED_RESULT, SUBMISSION, Case, config_of, is_plain, mistyped, sha256
-from tools.referee.rules import ROOT, RULES, Found, Skip, check
-from tools.referee.sandbox import why_not_code
-from tools.untrusted import read_text, text
+from tools.referee.claims import NOT_IN_CONFIG_SHA, SAME_FOR_ALL
+from tools.referee.rules import RULES, Found, Skip, Table, check
+from tools.untrusted import number, read_text, text
 
 TRACKS = ("10min_16mb", "non_record_16mb")
 PHASES = ("setup", "warmup", "train", "validate", "export", "score")
 FOLDER = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._+-]+")
-OWN_FILE = re.compile(r"README\.md|submission\.json|train_gpt\.py|logs/train_seed\d+\.log|model_seed\d+\.bin")
-PASSIVE = (".md", ".txt", ".csv", ".json", ".toml", ".log", ".png", ".jpg", ".svg")
-SAME_FOR_ALL = ("code_sha256", "config_sha256", "data_sha256", "tokenizer_sha256", "world_size", "device")
-IN_BOTH = ("arch", "dataset", "val_bytes", "val_tokens", "params", "cap_seconds", "bytes_code")
-NOT_IN_CONFIG_SHA = ("arch", "seed", "run_id", "out_dir", "data_path", "tokenizer_path")
+EXPORT_SECONDS = 120.0  # quantise and compress 16 MB on a slow machine; it takes seconds
+VALIDATIONS = 2  # validation after the bell scores what is scored again later, perhaps uncompiled
+SAME_SECONDS = 1.0  # that two clocks around the same work may differ by
+VERDICTS = ("pass", "fail", "hold", "unverified")
+ANNOUNCED = re.compile(r"model_params:\d+ \| world_size:(\d{1,9}) \| seed:(\d{1,18})$")
+STEP = re.compile(r"step:(\d{1,12})/(\d{1,12}) (?:train|val)_loss:(\S*)")
+STOP = re.compile(r"stopping_early: (\S+) train_time:\d+ms step:\d+/(\d{1,12})$")
+LIFTED_CAP = re.compile(r"\w*(FORCE_?STOP|(IGNORE|NO|SKIP|DISABLE)_(WALLCLOCK_)?CAP)(?![A-Z])\w*")
 
 
 @check("P14")
@@ -48,35 +50,13 @@ def layout(case: Case) -> Found:
         if said.get(key, "") is not None:
             problems += [f"submission.json: {problem}" for problem in mistyped(said, {key: float})]
     verdict = said.get("verdict")
-    if isinstance(verdict, dict) and verdict.get("status") not in ("pass", "fail", "unverified"):
-        problems.append("submission.json: verdict has no status pass, fail or unverified")
+    if isinstance(verdict, dict) and verdict.get("status") not in VERDICTS:
+        problems.append(f"submission.json: verdict has no status {', '.join(VERDICTS)}")
     by_seed = said.get("seed_results")
     for seed, result in by_seed.items() if isinstance(by_seed, dict) else ():
         problems += [f"submission.json: seed {text(seed)}: {problem}"
                      for problem in mistyped(result, SEED_RESULT | {"log": str})]
     return Found(f"{len(case.logs)} log(s), {len(case.models)} model(s)", problems)
-
-
-@check("P12")
-def uncounted(case: Case) -> Found:
-    problems = []
-    for path in sorted(case.folder.rglob("*")):
-        name = path.relative_to(case.folder).as_posix()
-        if (path.is_dir() and not path.is_symlink()) or (OWN_FILE.fullmatch(name) and is_plain(path)):
-            continue
-        if not is_plain(path):
-            problems.append(f"{text(name)} is a link or not a plain file")
-        elif path.suffix.lower() not in PASSIVE or path.stat().st_mode & 0o111:
-            problems.append(f"{text(name)} is not one of a record's files and may be code that nobody counted")
-    return Found("", problems)
-
-
-@check("P13")
-def wrapper(case: Case) -> Found:
-    if not is_plain(case.script):
-        return Found("", ["train_gpt.py is missing"])
-    reason = why_not_code(case.script, ROOT)
-    return Found("train_gpt.py compiles", [f"train_gpt.py {reason}"] if reason else [])
 
 
 @check("P12")
@@ -101,7 +81,7 @@ def size(case: Case) -> Found:
     return Found(f"{total:,} of {cap:,} bytes", problems)
 
 
-def problems_of_clock(log: Log, cap: float, slack: float) -> list[str]:
+def problems_of_clock(log: Log, cap: float, slack: float, export_seconds: float) -> list[str]:
     """Returns where one log's result, phases and step lines disagree about the time, or exceed the cap."""
     result, problems = log.result or {}, []
     if tuple(log.phases) != PHASES:
@@ -113,6 +93,16 @@ def problems_of_clock(log: Log, cap: float, slack: float) -> list[str]:
         problems.append(f"its train phase takes {end - begin:.3f} s, its result says {seconds:.3f} s")
     if not all(a <= b for a, b in pairwise(moment for phase in log.phases.values() for moment in phase)):
         problems.append("its phases overlap")
+    for (before, (_, last)), (after, (first, _)) in pairwise(log.phases.items()):
+        if not first - last <= slack:
+            problems.append(f"{first - last:.3f} s between {before} and {after} are in no phase")
+    took = {phase: last - first for phase, (first, last) in log.phases.items()}
+    if not took["export"] <= export_seconds:
+        problems.append(f"its export takes {took['export']:.1f} s of {export_seconds:g} s; what needs more time "
+                        "belongs before the bell")
+    if not took["validate"] <= VALIDATIONS * took["score"] + export_seconds:
+        problems.append(f"{took['validate']:.1f} s pass between the bell and the export, scoring takes "
+                        f"{took['score']:.1f} s")
     steps = [(point.step, point.seconds) for point in log.points]
     if not all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(steps)):
         problems.append("its step lines run backwards")
@@ -123,7 +113,8 @@ def problems_of_clock(log: Log, cap: float, slack: float) -> list[str]:
 
 @check("P10")
 def train_clock(case: Case) -> Found:
-    limit, said, problems = RULES["P10"]["limit"], case.submission, []
+    limit, said, problems, rows = RULES["P10"]["limit"], case.submission, [], []
+    slack, export_seconds = limit["clock_seconds"], limit.get("export_seconds", EXPORT_SECONDS)
     cap = said["cap_seconds"] or math.inf  # 0 is no cap, on the track that has none
     if said["track"] == "10min_16mb":
         cap = min(cap, limit["cap_seconds_10min_16mb"])
@@ -131,9 +122,26 @@ def train_clock(case: Case) -> Found:
         caps = said["cap_seconds"], log.result["cap_seconds"], config_of(log.path).get("max_wallclock_seconds")
         if len(set(caps)) > 1:
             problems.append(f"{text(log.path.name)}: submission.json, its result and its config state caps {caps}")
-        problems += [f"{text(log.path.name)}: {found}" for found in problems_of_clock(log, cap, limit["clock_seconds"])]
+        problems += [f"{text(log.path.name)}: {found}" for found in problems_of_clock(log, cap, slack, export_seconds)]
+        rows += [[text(log.path.name), text(phase), *moments] for phase, moments in log.phases.items()]
     slowest = max(result["train_seconds"] for result in case.results.values())
-    return Found(f"{slowest:.3f} of {cap:g} s, the longest of {len(case.logs)} run(s)", problems)
+    return Found(f"{slowest:.3f} of {cap:g} s, the longest of {len(case.logs)} run(s)", problems,
+                 [Table("phases of the runs", ["log", "phase", "begin, s", "end, s"], rows[:200])])
+
+
+@check("P11")
+def stated_eval_clock(case: Case) -> Found:
+    limit, ten_minutes, problems = RULES["P11"]["limit"], case.submission["track"] == "10min_16mb", []
+    cap = limit["seconds_10min_16mb"] if ten_minutes else math.inf
+    for log in case.logs:
+        seconds, (begin, end) = log.result["score_seconds"], log.phases.get("score", (math.nan, math.nan))
+        if not 0 <= seconds <= cap:
+            problems.append(f"{text(log.path.name)}: scored in {seconds:.1f} s of {cap:g} s")
+        if not abs(end - begin - seconds) <= SAME_SECONDS:
+            problems.append(f"{text(log.path.name)}: its score phase takes {end - begin:.3f} s, its result says "
+                            f"{seconds:.3f} s")
+    slowest = max(result["score_seconds"] for result in case.results.values())
+    return Found(f"{slowest:.1f} s, says the slowest of {len(case.logs)} run(s)", problems)
 
 
 @check("P07")
@@ -150,6 +158,34 @@ def arithmetic(case: Case) -> Found:
             if not abs(val_bpb - result["val_bpb"]) <= 1e-6:
                 problems.append(f"{name}: {text(line)} says {val_bpb:.8f}, the result {result['val_bpb']:.8f}")
     return Found(f"val_bpb, val_loss and nats_sum agree in {len(case.logs)} log(s)", problems)
+
+
+def problems_of_lines(lines: list[str], log: Log, config: dict) -> list[str]:
+    """Returns where the lines between config and result tell of another run, or of one that was no training."""
+    result, problems = log.result, []
+    for line in lines:
+        if (found := ANNOUNCED.match(line)) and found.groups() != (str(result["world_size"]), str(result["seed"])):
+            problems.append(f"it was begun with {text(line[-60:])}, its result says world_size {result['world_size']}, "
+                            f"seed {result['seed']}")
+        if found := STEP.match(line):
+            loss = number(found[3])
+            if loss is None or loss < 0:
+                problems.append(f"step {found[1]} has loss {text(found[3])[:20]}")
+            if found[2] != str(config.get("iterations")):
+                problems.append(f"step {found[1]} is one of {found[2]}, its config says {config.get('iterations')}")
+    stops = [found for line in lines if (found := STOP.match(line))]
+    if bool(stops) != (result["steps"] != config.get("iterations")) or len(stops) > 1:
+        problems.append(f"it has {len(stops)} line(s) stopping_early, its result {result['steps']} of "
+                        f"{text(config.get('iterations'))} steps")
+    elif stops:
+        if log.stop_step != result["steps"] or not abs(log.stop_seconds - result["train_seconds"]) <= 0.002:
+            problems.append(f"it stopped at step {log.stop_step} after {log.stop_seconds:.3f} s, its result says step "
+                            f"{result['steps']} after {result['train_seconds']:.3f} s")
+        if (stops[0][1] == "interrupted") != result["interrupted"] or stops[0][2] != str(config.get("iterations")):
+            problems.append(f"its result does not fit {text(stops[0][0])[:100]}")
+        if stops[0][1] == "wallclock_cap" and not result["cap_seconds"]:
+            problems.append("it was stopped by a cap that it did not have")
+    return list(dict.fromkeys(problems))[:10]
 
 
 def problems_of_log(case: Case, log: Log) -> list[str]:
@@ -172,43 +208,24 @@ def problems_of_log(case: Case, log: Log) -> list[str]:
         problems.append(f"{model.name} is not the artifact of that run")
     if result["partial"] or not result["valid"]:
         problems.append(f"the run says it is invalid: {text(result.get('invalid_reasons'))}")
-    return problems
+    problems += [f"it has a setting {text(key)}: the cap is no setting" for key in config
+                 if LIFTED_CAP.match(key.upper())]
+    return problems + problems_of_lines(lines[1:-1], log, config)
 
 
 @check("P16")
 def logs(case: Case) -> Found:
     problems = [f"{text(log.path.name)}: {found}" for log in case.logs for found in problems_of_log(case, log)]
     results = list(case.results.values())
-    if problems or not results:
+    if not results or any(mistyped(result, RESULT) for result in results):
         return Found("", problems or ["there is no log"])
     for key in ("seed", "artifact_sha256", "nats_sum"):
         if len({result[key] for result in results}) < len(results):
             problems.append(f"two logs have one {key}: they are one run")
     problems += [f"the runs differ in {key}" for key in SAME_FOR_ALL if len({r[key] for r in results}) > 1]
+    if found := LIFTED_CAP.search(case.source):
+        problems.append(f"train_gpt.py says {text(found[0])[:60]}: the cap is no setting")
     return Found(f"{len(results)} whole log(s) of one configuration", problems)
-
-
-@check("P17")
-def statistics(case: Case) -> Found:
-    said, results = case.submission, list(case.results.values())
-    if not results:
-        return Found("", ["there is no log"])
-    problems = [f"submission.json: {key} is {text(said.get(key))}, {text(name)} says {text(result.get(key))}"
-                for name, result in case.results.items() for key in IN_BOTH if said.get(key) != result[key]]
-    if sorted(said["seeds"]) != sorted(result["seed"] for result in results):
-        problems.append(f"submission.json: seeds are {text(said['seeds'])}; there are {len(results)} logs")
-    expected = {str(r["seed"]): {key: r[key] for key in SEED_RESULT} | {"log": f"logs/train_seed{r['seed']}.log"}
-                for r in results}
-    if said["seed_results"] != expected:
-        problems.append("submission.json: seed_results are not what the logs say")
-    for key in ("val_loss", "val_bpb"):
-        values, tolerance = [result[key] for result in results], RULES["P17"]["limit"]["statistics"]
-        if not abs(said[key] - fmean(values)) <= tolerance:
-            problems.append(f"submission.json: {key} is {said[key]}, the mean of all logs is {fmean(values)}")
-        spread, stated = stdev(values) if len(values) > 1 else None, said[f"{key}_std"]
-        if stated != spread and not abs(stated - spread) <= tolerance:
-            problems.append(f"submission.json: {key}_std is {stated}, over all logs it is {spread}")
-    return Found(f"{len(results)} seed(s), mean {said['val_bpb']:.6f} bits per byte", problems)
 
 
 @check("P07")

@@ -258,24 +258,3 @@ def read_nats(path: Path, num_targets: int) -> np.ndarray:
     if (nats < 0).any():
         raise Broken(f"{int((nats < 0).sum()):,} of its scores are negative: a probability above 1")
     return nats
-
-
-def why_not_code(script: Path, root: Path, seconds: float = 60.0) -> str:
-    """Why a script, once unpacked, is not Python; "" if it is. Both steps run under limits: it may be a bomb."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
-        unpack = ["-m", "tools.pack", "--unpack", str(script)]
-        check = ["-I", "-c", "import sys; compile(open(sys.argv[1], 'rb').read(), 'train_gpt.py', 'exec')", str(source)]
-        for arguments, failure in ((unpack, "does not unpack"), (check, "does not compile")):
-            command = limited([sys.executable, *arguments], seconds, file_bytes=FILE_BYTES >> 4)
-            with source.open("wb") if arguments is unpack else open(os.devnull, "wb") as out:
-                try:
-                    done = subprocess.run(
-                        command, cwd=root, stdout=out, stderr=subprocess.PIPE, timeout=seconds, check=False
-                    )
-                except subprocess.TimeoutExpired:
-                    return f"{failure} within {seconds:g} seconds"
-            if done.returncode:
-                said = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
-                return f"{failure}: {text(said[-1])[:300]}"
-    return ""

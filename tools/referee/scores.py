@@ -102,9 +102,10 @@ def prepare(case: Case) -> Measurement:
     """The text and what is known about the submission before it is asked."""
     if case.data is None and not case.pre:
         raise Skip("no --data folder to score")
-    seed = next((seed for seed in case.submission["seeds"] if seed in case.models), None)
-    if seed is None:
+    seeds, said = list(case.models), case.submission.get("seeds")
+    if not seeds:
         raise Skip("the folder has no model_seed<seed>.bin to score with")
+    seed = next((seed for seed in said if seed in seeds), seeds[0]) if isinstance(said, list) else seeds[0]
     if case.data is None:
         stated = next(iter(case.logs)).config.get("vocab_size")
         vocab_size = stated if type(stated) is int and 2 < stated <= 1 << 16 else 256

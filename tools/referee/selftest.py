@@ -26,6 +26,8 @@ from tools.referee.sandbox import isolation
 
 TINY = dict(NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=512,
             WARMUP_STEPS=1, ITERATIONS=40, TRAIN_LOG_EVERY=1, DEVICE="cpu")
+# Files a record without the referee's advice, as a cheat would.
+FILE = "import sys\nfrom tools import record\nrecord.verify = lambda folder: []\nsys.exit(record.main(sys.argv[1:]))"
 CALL_SECONDS = 300.0
 STAGES = ("files", "data", "score", "train")
 BEGIN, END = "<!-- BEGIN SELF-TEST -->", "<!-- END SELF-TEST -->"
@@ -106,7 +108,7 @@ class Workshop:
         for seed in mutant.seeds:
             env = {"DATA_PATH": str(data), "OUT_DIR": str(home), "RUN_ID": f"run_{seed}", "SEED": str(seed)}
             self.call(script, env=env, cwd=self.folder)
-        self.call("-m", "tools.record", *(home / f"run_{seed}" for seed in mutant.seeds), "--script", script,
+        self.call("-c", FILE, *(home / f"run_{seed}" for seed in mutant.seeds), "--script", script,
                   "--name", mutant.name, "--author", "Nobody", "--github-id", "nobody", "--blurb", mutant.what,
                   "--track", mutant.track, "--out", home / "records")
         folder = next((home / "records" / f"track_{mutant.track}").iterdir())
