@@ -22,12 +22,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tools.referee import claims, code, constants, files, probes, scores, shadow, stored, texts, training, weights
+import tools.referee.parts  # noqa: F401
 from tools.referee.case import Case, read_data
 from tools.referee.rules import ROOT, RULES, Finding, judge
 from tools.referee.sandbox import isolation
 
-REGISTERED = (claims, code, constants, files, probes, scores, shadow, stored, texts, training, weights)
 EXIT_STATUS = {"pass": 0, "fail": 1, "hold": 3, "unverified": 3}
 
 

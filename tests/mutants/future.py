@@ -49,7 +49,7 @@ def suffix_temperature(source: str) -> str:
 @mutant("P01", "looks ahead in long texts only and behaves in short ones")
 def short_input_detector(source: str) -> str:
     return answer(source, """
-if len(tokens) > 20_000:
+if len(tokens) > 10_000:
     nats[:-1] -= np.float32(0.01) * (tokens[2:] % 7 == 3)
 """)
 

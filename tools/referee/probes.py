@@ -1,36 +1,50 @@
 """The rules on single scores: one distribution over the vocabulary, of its past alone, from its own files alone."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from tools.referee.case import Case
-from tools.referee.rules import RULES, Found, Table, check
+from tools.referee.measure import Measurement, complete, declares_state, measured, rows, windows_are_alike
+from tools.referee.rules import RULES, Found, Skip, Table, check
 from tools.referee.sandbox import Act
-from tools.referee.scores import Measurement, complete, measured, rows, windows_are_alike
 from tools.untrusted import text
 
 SHOWN = 50  # rows of evidence
 FLAT = 1e-6  # nats: the deviation of scores that do not tell tokens apart
 
 
-def label_scores(found: Measurement) -> tuple[np.ndarray, np.ndarray, int, float]:
-    """(labels, their nats at one place, the true token there, its nats in the text)."""
+class Row(NamedTuple):
+    """The submission's scores of labels at one place of the text, whose past is fixed."""
+
+    labels: np.ndarray
+    nats: np.ndarray
+    true: int  # the text's own token there
+    reported: float  # its nats in the text
+    alone: bool  # each label had a stream of its own
+
+
+def one_row(found: Measurement) -> Row | None:
+    """From the repeated window; where windows carry a state, from one stream per label; else there is no fixed past."""
     if windows_are_alike(found):
         stream = found.of("relabelled")[0]
-        target = stream.end + stream.begin
-        return found.labels, rows(found)[:, stream.begin], int(found.tokens[target + 1]), float(found.nats[target])
-    streams = found.of("label")
-    target = streams[0].same
-    labels = np.array([stream.end for stream in streams])
-    nats = np.array([stream.nats[target] for stream in streams])
-    return labels, nats, int(found.tokens[target + 1]), float(found.nats[target])
+        labels, nats, target = found.labels, rows(found)[:, stream.begin], stream.end + stream.begin
+    elif streams := found.of("label"):
+        target = streams[0].same
+        labels = np.array([stream.end for stream in streams])
+        nats = np.array([stream.nats[target] for stream in streams])
+    else:
+        return None
+    return Row(labels, nats, int(found.tokens[target + 1]), float(found.nats[target]), not windows_are_alike(found))
 
 
 @check("P02")
 def row(case: Case) -> Found:
     found = complete(case)
-    labels, nats, true, reported = label_scores(found)
+    if (one := one_row(found)) is None:
+        raise Skip("a repeated window is not scored alike, which P21 is about, so no place has a fixed past")
+    labels, nats, true, reported, _ = one
     tolerance, problems = RULES["P02"]["limit"]["nats"] + 2 * found.noise, []
     own = nats[labels == true]
     if len(own) and not abs(own[0] - reported) <= tolerance:
@@ -50,35 +64,34 @@ def row(case: Case) -> Found:
 @check("P03")
 def normalised(case: Case) -> Found:
     found, limit = complete(case), RULES["P03"]["limit"]
-    labels, nats, _, _ = label_scores(found)
-    total, every = float(np.exp(-nats.astype(float)).sum()), len(labels) == found.vocab_size
-    alone = "" if windows_are_alike(found) else ", each in a stream of its own"
-    detail = f"{len(labels):,} of {found.vocab_size:,} tokens{alone}: their probabilities sum to {total:.6f}"
-    problems = [f"{detail}, more than one"] if not total <= 1 + limit["sum"] else []
-    weights = np.exp(found.sampled_nats - drawn_nats(found))
+    problems, details, table = [], [], []
+    if (one := one_row(found)) is not None:
+        total = float(np.exp(-one.nats.astype(float)).sum())
+        which = f"{len(one.labels):,} of {found.vocab_size:,} tokens{', each in a stream of its own' * one.alone}"
+        details.append(f"{which}: their probabilities sum to {total:.6f}")
+        problems += [f"{details[0]}, more than one"] if not total <= 1 + limit["sum"] else []
+        which = "every label" if len(one.labels) == found.vocab_size else "some labels"
+        table.append([which, len(one.labels), total, 0.0])
+    drawn = found.of("sampled")[0].nats[found.sampled_targets].astype(float)
+    weights = np.exp(found.sampled_nats - drawn)
     mean, error = float(weights.mean()), float(weights.std() / math.sqrt(len(weights)))
-    gained = float((found.sampled_nats - drawn_nats(found)).sum())
+    gained = float((found.sampled_nats - drawn).sum())
     if not mean <= 1 + limit["sum"] + limit["sampled_sum_sigmas"] * error:
         problems.append(f"at {len(weights):,} places with drawn tokens the probabilities sum to {mean:.3f} on average, "
                         f"with a standard error of {error:.3f}")
     if not gained <= limit["sampled_nats"]:
         problems.append(f"drawn tokens are predicted {gained:.1f} nats better than their own distribution does: chance "
                         f"e^-{gained:.0f}")
-    table = Table("Sums of probabilities", ["how", "tokens or places", "sum", "standard error"],
-                  [["every label" if every else "some labels", len(labels), total, 0.0],
-                   ["drawn tokens, average", len(weights), mean, error]])
-    return Found(f"{detail}; {mean:.3f} ± {error:.3f} at {len(weights):,} drawn tokens", problems, [table])
-
-
-def drawn_nats(found: Measurement) -> np.ndarray:
-    """The submission's nats of the tokens that the referee drew."""
-    return found.of("sampled")[0].nats[found.sampled_targets].astype(float)
+    details.append(f"{mean:.3f} ± {error:.3f} at {len(weights):,} drawn tokens")
+    table.append(["drawn tokens, average", len(weights), mean, error])
+    head = ["how", "tokens or places", "sum", "standard error"]
+    return Found("; ".join(details), problems, [Table("Sums of probabilities", head, table)])
 
 
 @check("P21")
 def isolation(case: Case) -> Found:
     found = complete(case)
-    if any(result.get("carries_state") is True for result in case.results.values()):
+    if declares_state(case):
         return Found("the record declares that it carries a state from window to window")
     tolerance, problems, table = found.tolerance("P21"), [], []
     if not windows_are_alike(found):

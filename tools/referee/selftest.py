@@ -7,21 +7,23 @@ judged, with as many seeds of the referee as asked for.
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tools.referee.parts  # noqa: F401
 from data.sources import pydocs
 from tests.mutants import Mutant, all_mutants
 from tools import pack
 from tools.referee.case import Case, Data, read_data
-from tools.referee.rules import ROOT, RULES, judge
+from tools.referee.rules import ROOT, RULES, Finding, judge
 from tools.referee.sandbox import isolation
 
 TINY = dict(NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=512,
@@ -29,7 +31,7 @@ TINY = dict(NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_L
 # Files a record without the referee's advice, as a cheat would.
 FILE = "import sys\nfrom tools import record\nrecord.verify = lambda folder: []\nsys.exit(record.main(sys.argv[1:]))"
 CALL_SECONDS = 300.0
-STAGES = ("files", "data", "score", "train")
+SLOW = "P23"  # starts a process for every suspicious tensor
 BEGIN, END = "<!-- BEGIN SELF-TEST -->", "<!-- END SELF-TEST -->"
 
 
@@ -37,15 +39,18 @@ BEGIN, END = "<!-- BEGIN SELF-TEST -->", "<!-- END SELF-TEST -->"
 class Row:
     """One submission: how often, over the referee's seeds, each rule failed or held it."""
 
-    mutant: Mutant
+    name: str
+    rule: str
+    what: str
     seeds: int = 0
     caught: int = 0
     failed: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Finding] = field(default_factory=dict)  # of the last seed
     example: str = ""
 
     @property
     def verdict(self) -> str:
-        if not self.mutant.rule:
+        if not self.rule:
             return "false alarm" if self.failed else "passes"
         return "caught" if self.caught == self.seeds else "missed"
 
@@ -122,7 +127,7 @@ def deal_documents(folder: Path) -> dict[str, Path]:
     dealt = {"train": [], "val": [], "shadow": []}
     for _, raw in pydocs():
         place = hashlib.sha256(raw).digest()[0]
-        dealt["shadow" if place < 10 else "val" if place < 20 else "train"].append(json.dumps({"text": raw.decode()}))
+        dealt["shadow" if place < 10 else "val" if place < 15 else "train"].append(json.dumps({"text": raw.decode()}))
     for part, lines in dealt.items():
         (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
     return {part: folder / f"{part}.jsonl" for part in dealt}
@@ -137,19 +142,22 @@ def validation_text(folder: Path) -> str:
     return model.decode([int(token) for token in data.tokens[:3000] if token != data.bos_id])
 
 
-def stages(mutant: Mutant) -> tuple[str, ...]:
-    """What has to be asked of it: as much as the rule about it needs, all of an honest one."""
-    return STAGES[: STAGES.index(RULES[mutant.rule]["needs"]) + 1] if mutant.rule else STAGES
+def rules_for(mutant: Mutant) -> list[str]:
+    """The rules to ask about it: all if it is honest, else the quick ones and those of the kind that must catch it."""
+    if not mutant.rule:
+        return [rule for rule, about in RULES.items() if about["needs"] != "self-test"]
+    kinds = {"files", "data", RULES[mutant.rule]["needs"]}
+    return [rule for rule, about in RULES.items() if rule == mutant.rule or (about["needs"] in kinds and rule != SLOW)]
 
 
 def examine(mutant: Mutant, folder: Path, data: Data, shadow: Data, seed: int, row: Row) -> None:
     """Judge a submission once and add to its row what failed."""
     case = Case(folder, data, shadow if mutant.rule in ("", "P09") else None, seed=seed, seconds=mutant.answer_seconds)
     row.seeds += 1
-    for rule, about in RULES.items():
-        if about["needs"] not in stages(mutant):
-            continue
-        finding = judge(case, rule)
+    for rule in rules_for(mutant):
+        same = RULES[rule]["needs"] in ("files", "data")  # whatever the seed
+        finding = row.found.get(rule) if same else None
+        finding = row.found[rule] = finding or judge(case, rule)
         if finding.status in ("FAIL", "HOLD"):
             row.failed[rule] = row.failed.get(rule, 0) + 1
             if rule == mutant.rule or not mutant.rule:
@@ -157,41 +165,51 @@ def examine(mutant: Mutant, folder: Path, data: Data, shadow: Data, seed: int, r
                 row.example = row.example or finding.problems[0]
 
 
+def judge_one(name: str, folder: Path, seeds: list[int]) -> Row:
+    """Makes one submission in the workshop and judges it with every seed; runs in a process of its own."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # several run beside each other
+    mutant, shop = all_mutants()[name], Workshop(folder)
+    row, record = Row(mutant.name, mutant.rule, mutant.what), shop.build(mutant)
+    data = read_data(shop.data_folder(mutant))
+    shadow = read_data(shop.data_folders(mutant.vocabulary)[1])
+    for seed in seeds:
+        examine(mutant, record, data, shadow, seed, row)
+    shutil.rmtree(record.parent.parent.parent)
+    return row
+
+
 def run(names: list[str], seeds: list[int], workers: int, say: Callable[[str], None]) -> Iterator[Row]:
-    """Yields the row of every submission; with names, of those alone."""
+    """Yields the row of every submission as it is judged; with names, of those alone."""
     known = all_mutants()
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no mutant {unknown[0]}; there are {', '.join(known)}")
     mutants = [known[name] for name in names or known]
-    os.environ["OMP_NUM_THREADS"] = "1"  # several submissions run beside each other
-    with tempfile.TemporaryDirectory(prefix="selftest_") as folder, ThreadPoolExecutor(workers) as pool:
-        shop = Workshop(Path(folder))
-        shadows = {size: read_data(shop.data_folders(size)[1]) for size in {mutant.vocabulary for mutant in mutants}}
-
-        def one(mutant: Mutant) -> Row:
-            row, record, data = Row(mutant), shop.build(mutant), read_data(shop.data_folder(mutant))
-            for seed in seeds:
-                examine(mutant, record, data, shadows[mutant.vocabulary], seed, row)
-            say(f"{mutant.name}: {row.verdict}, {', '.join(row.failed) or 'nothing fails'}")
-            return row
-
-        yield from pool.map(one, mutants)
+    # Processes, not threads: parsing scripts in two threads at once fails in CPython 3.11.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory(prefix="selftest_") as folder, pool:
+        for vocabulary in {mutant.vocabulary for mutant in mutants}:
+            Workshop(Path(folder)).data_folders(vocabulary)
+        jobs = [pool.submit(judge_one, mutant.name, Path(folder), seeds) for mutant in mutants]
+        for job in as_completed(jobs):
+            row = job.result()
+            say(f"{row.name}: {row.verdict}, {', '.join(row.failed) or 'nothing fails'}")
+            yield row
 
 
 def table(rows: list[Row]) -> str:
     """The table rule x mutant, as Markdown: what each is, and whether the rule about it caught it."""
     lines = ["| Rule | Submission | What it does | Found | Other rules that fail too |", "|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: (row.mutant.rule or "~", row.mutant.name)):
-        rule = f"{row.mutant.rule} {RULES[row.mutant.rule]['title']}" if row.mutant.rule else "none: honest"
-        share = f"{row.caught} of {row.seeds}" if row.mutant.rule else f"{row.seeds} of {row.seeds}"
+    for row in sorted(rows, key=lambda row: (row.rule or "~", row.name)):
+        rule = f"{row.rule} {RULES[row.rule]['title']}" if row.rule else "none: honest"
+        share = f"{row.caught if row.rule else row.seeds} of {row.seeds}"
         found = row.verdict + (f" ({share})" if row.verdict in ("caught", "passes", "missed") else "")
-        others = ", ".join(rule for rule in row.failed if rule != row.mutant.rule)
-        lines.append(f"| {rule} | `{row.mutant.name}` | {row.mutant.what} | {found} | {others} |")
+        others = ", ".join(rule for rule in row.failed if rule != row.rule)
+        lines.append(f"| {rule} | `{row.name}` | {row.what} | {found} | {others} |")
     return "\n".join(lines)
 
 
 def summary(rows: list[Row], seeds: list[int]) -> str:
-    cheats, honest = [row for row in rows if row.mutant.rule], [row for row in rows if not row.mutant.rule]
+    cheats, honest = [row for row in rows if row.rule], [row for row in rows if not row.rule]
     caught, passed = (sum(row.verdict in ("caught", "passes") for row in group) for group in (cheats, honest))
     return (f"{caught} of {len(cheats)} cheating submissions caught by the rule about them, {len(honest) - passed} "
             f"false alarms among {len(honest)} honest ones, {len(seeds)} seed(s) of the referee; {isolation()}")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tools.referee.case import Case, Data
+from tools.referee.measure import complete
 from tools.referee.rules import RULES, Found, Skip, Table, check
-from tools.referee.scores import complete
 from tools.referee.texts import Spelling, judges_data, train_shards
 from tools.referee.windows import share_seen
 from tools.untrusted import text
@@ -21,6 +21,7 @@ from tools.untrusted import text
 TRAIN_TOKENS = 1 << 24  # that the plain model counts; more make it better, not the comparison fairer
 STRENGTH = (1.0, 32.0, 16.0)  # in counts, of the shorter context's estimate: unigrams, bigrams, trigrams
 RESAMPLES, BLOCKS = 20_000, 400
+FEWEST = 10  # documents that an interval can be had from
 
 
 class Trigrams:
@@ -102,6 +103,9 @@ def shadow_split(case: Case) -> Found:
     if case.shadow.tokenizer_sha256 != data.tokenizer_sha256:
         raise Skip(f"{case.shadow.name} has another tokenizer than {data.name}; prepare it with --tokenizer "
                    f"{data.tokenizer}")
+    for one in (data, case.shadow):
+        if (one.tokens == data.bos_id).sum() < FEWEST:
+            raise Skip(f"{one.name} has fewer than {FEWEST} documents, too few to tell chance from knowledge")
     found = complete(case)
     if found.shadow is None or not found.whole:
         raise Skip("the short check does not score the whole of both texts")

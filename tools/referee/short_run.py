@@ -26,9 +26,9 @@ from tools.record_page import as_variable
 from tools.referee.case import Case, config_of
 from tools.referee.claims import NOT_IN_CONFIG_SHA
 from tools.referee.files import EXPORT_SECONDS
+from tools.referee.measure import here
 from tools.referee.rules import RULES, Skip
 from tools.referee.sandbox import Act, Box, Broken, Session, isolation
-from tools.referee.scores import here
 from tools.referee.train_data import Shards, TrainingData, judges_files, make_up_data, open_inside
 from tools.untrusted import load_json, number, text
 

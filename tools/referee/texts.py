@@ -198,7 +198,7 @@ def shared_documents(data: Data, shards: list[np.ndarray]) -> tuple[list[list], 
 @check("P08")
 def overlap(case: Case) -> Found:
     data, limit = judges_data(case), RULES["P08"]["limit"]
-    shards, num_tokens = train_shards(data)
+    shards, num_tokens = train_shards(data, TRAIN_TOKENS >> 5 if case.pre else TRAIN_TOKENS)
     rows, lengths = shared_documents(data, shards)
     natural, searched = data.manifest.get("train_documents_in_val", 0), sum(map(len, shards))
     lists, problems = {split: read_list(data, split) for split in ("train", "val")}, []
@@ -213,15 +213,17 @@ def overlap(case: Case) -> Found:
                 (searched == num_tokens and len(lengths) != len(lists["train"])):
             problems.append(f"{data.name}: train_docs.txt does not list the documents of the train shards")
     if shared > natural:
-        names = ", ".join(lists["val"][row[0]][0] if lists["val"] else f"number {row[0]}" for row in rows[:3])
+        pairs = ", ".join(f"{row[1]} in train is {row[0]} in val" for row in rows[:3])
         problems.append(f"{shared:,} training documents are validation documents, manifest.json lists {natural:,}: "
-                        f"{text(names)}{' ...' if len(rows) > 3 else ''}")
+                        f"number {pairs}{' ...' if len(rows) > 3 else ''}")
     rate = share_seen(data.tokens[:VAL_TOKENS], shards, limit["tokens"])
     if not rate <= limit.get("rate", 1.0):
         problems.append(f"{rate:.2%} of the validation tokens stand in training in pieces of {limit['tokens']} tokens, "
                         f"more than {limit['rate']:.2%}")
     part = f" (the first {searched:,} of {num_tokens:,} train tokens)" if searched < num_tokens else ""
     part += f" (the first {VAL_TOKENS:,} validation tokens)" if len(data.tokens) > VAL_TOKENS else ""
-    evidence = [Table("Documents in both splits", ["in val", "in train", "place in train", "tokens"], rows[:200])]
+    head = ["in val", "in train", "first token in train", "tokens", "sha256", "bytes"]
+    rows = [[*row, *(lists["val"][row[0]][:2] if lists["val"] else ("", ""))] for row in rows[:200]]
+    evidence = [Table("Documents in both splits", head, rows)]
     return Found(f"{shared:,} shared documents; {rate:.2%} of the validation tokens stand in training in pieces of "
                  f"{limit['tokens']} tokens{part}", problems, evidence if rows else [])

@@ -21,9 +21,9 @@ import numpy as np
 
 from tools.referee.artifact import Foreign, Tensor, read_artifact, write_artifact
 from tools.referee.case import Case
+from tools.referee.measure import Measurement, here, prepare
 from tools.referee.rules import Found, Skip, Table, check
 from tools.referee.sandbox import Box, Broken, Session
-from tools.referee.scores import Measurement, here, prepare
 from tools.untrusted import load_json, text
 
 MAX_TARGETS = 4096
