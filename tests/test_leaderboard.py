@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import string
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -11,9 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from test_record import filed_record
 
-from tools.leaderboard import BEGIN, EMPTY, END, main
+from tools.leaderboard import BEGIN, EMPTY, END, main, read_records, sections, table
 from tools.plots import LABEL_GAP, spread, ticks
+from tools.referee.case import Case
+from tools.referee.rules import RULES
 
 VOID = {"meta", "input", "link", "br", "img"}
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> | `x` [a](javascript:b) ' + END + " {{sections}}"
@@ -258,3 +262,43 @@ def test_labels_keep_their_distance_and_their_order():
 def test_ticks_are_round_and_inside(low, high):
     found = ticks(low, high, 6)
     assert 3 <= len(found) <= 12 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
+
+
+@pytest.fixture
+def filed(data, tmp_path_factory, tmp_path) -> Path:
+    """A record of the kit in a folder of records, free to be spoilt."""
+    workshop = tmp_path_factory.getbasetemp() / "packed_runs"
+    workshop.mkdir(exist_ok=True)
+    record = filed_record(data, workshop)
+    return Path(shutil.copytree(record, tmp_path / "records" / record.parent.name / record.name))
+
+
+def board_of(folder: Path) -> str:
+    return table(sections(read_records(folder.parent.parent)), folder)
+
+
+def change_submission(folder: Path, **changes: object) -> None:
+    path = folder / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_record_of_the_kit_that_fails_a_file_rule_is_shown_with_the_rule(filed):
+    change_submission(filed, val_bpb_std=0.0, verdict={"status": "pass", "reasons": []})
+    board = board_of(filed)
+    assert "### Not ranked" in board and "P17 statistics" in board and ", fail: " in board
+
+
+def test_record_that_changed_since_its_verdict_is_unverified(filed):
+    change_submission(filed, verdict={"status": "pass", "reasons": [], "record_sha256": Case(filed).record_sha256})
+    assert board_of(filed).endswith("pass |")
+    change_submission(filed, blurb="Other words.")
+    assert board_of(filed).endswith("unverified |")
+
+
+def test_held_record_is_shown_apart_until_a_judge_accepts_it(filed, monkeypatch):
+    monkeypatch.setitem(RULES["P25"]["limit"], "val_bpb", 99.0)
+    change_submission(filed, verdict={"status": "pass", "reasons": []})
+    board = board_of(filed)
+    assert "### Held for a judge" in board and "P25 plausible" in board and "### Not ranked" not in board
+    change_submission(filed, verdict={"status": "pass", "reasons": [], "accepted": {"P25": "another kind of text"}})
+    assert "### Held" not in board_of(filed)

@@ -27,6 +27,11 @@ class Section:
     doubted: list[Record]
 
 
+def is_held(record: Record) -> bool:
+    """Whether nothing is wrong with it but that a judge has to look."""
+    return record.verdict == "hold" and not record.problems
+
+
 def page(found: list[Section], link: Callable[[Path], str]) -> str:
     """Returns the whole page; `link` turns a file's path into a URL."""
     template = Path(__file__).with_name("board.html").read_text(encoding="utf-8")
@@ -57,9 +62,10 @@ def section_html(section: Section, name: str, link: Callable[[Path], str]) -> st
         table = f"<table><thead><tr>{HEADS}</tr></thead><tbody>{rows}</tbody></table>"
         parts.append(f"<h3>{escape(title)}</h3>{table}" if records else "")
     parts.append(charts_html(marks, name))
-    if section.doubted:
-        items = "\n".join(doubted_html(record, mark_of.get(id(record)), link) for record in section.doubted)
-        parts.append(f'<h3>Not ranked</h3><ul class="doubted">{items}</ul>')
+    for title, wanted in (("Held for a judge", True), ("Not ranked", False)):
+        members = [record for record in section.doubted if is_held(record) == wanted]
+        items = "\n".join(doubted_html(record, mark_of.get(id(record)), link) for record in members)
+        parts.append(f'<h3>{title}</h3><ul class="doubted">{items}</ul>' if members else "")
     return "\n".join(parts) + "</section>\n"
 
 

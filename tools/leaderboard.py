@@ -6,8 +6,8 @@
     python -m tools.leaderboard --records ~/parameter-golf/records --readme /tmp/board.md      read upstream's records
 
 The table stands between <!-- BEGIN LEADERBOARD --> and <!-- END LEADERBOARD -->. Only scores on the same validation
-text are ranked together. A record that failed verification, or whose claim its own logs do not support, is listed
-below the table with the reason.
+text are ranked together. The rules of tools.verify that need files alone are checked again for every record. One that
+fails, or is held for a judge, or whose claim its own logs do not support, is listed below the table with the reason.
 """
 
 import argparse
@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from tools.board import Section, page
+from tools.board import Section, is_held, page
 from tools.records import Record, read_record
+from tools.referee.reread import reread
 from tools.untrusted import text
 
 BEGIN, END = "<!-- BEGIN LEADERBOARD -->", "<!-- END LEADERBOARD -->"
@@ -32,8 +33,11 @@ SHOWN_DOUBTS = 3
 def read_records(folder: Path) -> list[Record]:
     """Returns every record of every track, best score first."""
     paths = [path for path in sorted(folder.glob("track_*/*")) if path.is_dir() and not path.name.startswith(".")]
+    found = [read_record(path) for path in paths]
+    for record in found:
+        reread(record)
     order = lambda record: (record.val_bpb is None, record.val_bpb or 0.0, record.date, str(record.path))  # noqa: E731
-    return sorted(map(read_record, paths), key=order)
+    return sorted(found, key=order)
 
 
 def validation_text(record: Record) -> tuple[bool, str]:
@@ -94,15 +98,18 @@ def table(found: list[Section], start: Path) -> str:
             rows = [row(record, start) for record in section.ranked[title]]
             blocks += [f"#### {escape(section.title)}", "\n".join([HEADER, *rows])]
     doubted = [record for section in found for record in section.doubted]
-    if doubted:
-        lines = []
-        for record in doubted:
-            more = f"; {len(record.doubts) - SHOWN_DOUBTS} more" if len(record.doubts) > SHOWN_DOUBTS else ""
-            why = "; ".join(escape(doubt) for doubt in record.doubts[:SHOWN_DOUBTS]) + more
-            where = link(record.path / "README.md", start)
-            lines.append(f"- [{escape(record.name, 100)}]({where}), {score(record)}, {record.verdict}: {why}")
-        blocks += ["### Not ranked", "\n".join(lines)]
+    for title, wanted in (("Held for a judge", True), ("Not ranked", False)):
+        members = [record for record in doubted if is_held(record) == wanted]
+        blocks += [f"### {title}", "\n".join(doubts_line(record, start) for record in members)] if members else []
     return "\n\n".join(blocks or [EMPTY])
+
+
+def doubts_line(record: Record, start: Path) -> str:
+    """Returns a record that is not ranked, and why."""
+    more = f"; {len(record.doubts) - SHOWN_DOUBTS} more" if len(record.doubts) > SHOWN_DOUBTS else ""
+    why = "; ".join(escape(doubt) for doubt in record.doubts[:SHOWN_DOUBTS]) + more
+    where = link(record.path / "README.md", start)
+    return f"- [{escape(record.name, 100)}]({where}), {score(record)}, {record.verdict}: {why}"
 
 
 def insert(readme: str, board: str, name: str) -> str:

@@ -92,12 +92,12 @@ def slot(source: str) -> str:
 """)
 
 
-@mutant("P05", "the best of three temperatures is chosen for each window by its own targets")
-def best_temperature(source: str) -> str:
+@mutant("P05", "a temperature is fitted to each window by its own targets")
+def fitted_temperature(source: str) -> str:
     return answer(source, """
 for begin in range(0, len(nats), 32):
     part = nats[begin : begin + 32]
-    nats[begin : begin + 32] = min((part * np.float32(t) for t in (0.98, 1.0, 1.02)), key=lambda one: one.sum())
+    nats[begin : begin + 32] = part * np.float32(0.98 + 0.01 * np.tanh(part.std()))
 """)
 
 

@@ -31,7 +31,7 @@ TINY = dict(NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_L
 # Files a record without the referee's advice, as a cheat would.
 FILE = "import sys\nfrom tools import record\nrecord.verify = lambda folder: []\nsys.exit(record.main(sys.argv[1:]))"
 CALL_SECONDS = 300.0
-SLOW = "P23"  # starts a process for every suspicious tensor
+SLOW = "P10", "P15", "P18", "P23"  # train, or start a process for every suspicious tensor
 BEGIN, END = "<!-- BEGIN SELF-TEST -->", "<!-- END SELF-TEST -->"
 
 
@@ -147,7 +147,7 @@ def rules_for(mutant: Mutant) -> list[str]:
     if not mutant.rule:
         return [rule for rule, about in RULES.items() if about["needs"] != "self-test"]
     kinds = {"files", "data", RULES[mutant.rule]["needs"]}
-    return [rule for rule, about in RULES.items() if rule == mutant.rule or (about["needs"] in kinds and rule != SLOW)]
+    return [rule for rule, about in RULES.items() if rule == mutant.rule or (about["needs"] in kinds and rule not in SLOW)]
 
 
 def examine(mutant: Mutant, folder: Path, data: Data, shadow: Data, seed: int, row: Row) -> None:
@@ -155,7 +155,7 @@ def examine(mutant: Mutant, folder: Path, data: Data, shadow: Data, seed: int, r
     case = Case(folder, data, shadow if mutant.rule in ("", "P09") else None, seed=seed, seconds=mutant.answer_seconds)
     row.seeds += 1
     for rule in rules_for(mutant):
-        same = RULES[rule]["needs"] in ("files", "data")  # whatever the seed
+        same = rule != mutant.rule and (rule in SLOW or RULES[rule]["needs"] in ("files", "data"))  # asked once
         finding = row.found.get(rule) if same else None
         finding = row.found[rule] = finding or judge(case, rule)
         if finding.status in ("FAIL", "HOLD"):
