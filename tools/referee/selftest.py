@@ -144,10 +144,11 @@ def validation_text(folder: Path) -> str:
 
 def rules_for(mutant: Mutant) -> list[str]:
     """The rules to ask about it: all if it is honest, else the quick ones and those of the kind that must catch it."""
+    asked = {rule: about["needs"] for rule, about in RULES.items() if about["needs"] != "self-test"}
     if not mutant.rule:
-        return [rule for rule, about in RULES.items() if about["needs"] != "self-test"]
-    kinds = {"files", "data", RULES[mutant.rule]["needs"]}
-    return [rule for rule, about in RULES.items() if rule == mutant.rule or (about["needs"] in kinds and rule not in SLOW)]
+        return list(asked)
+    kinds = {"files", "data", asked[mutant.rule]}
+    return [rule for rule, needs in asked.items() if rule == mutant.rule or (needs in kinds and rule not in SLOW)]
 
 
 def examine(mutant: Mutant, folder: Path, data: Data, shadow: Data, seed: int, row: Row) -> None:
