@@ -1,5 +1,6 @@
 """Training logs in the kit's grammar and in the dialects of others, rebuilt in small."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,48 @@ def test_run_that_does_not_count_says_why(log_of, result, problem):
 
 def test_missing_log_is_a_problem(tmp_path):
     assert read_log(tmp_path / "none.log").problems == ["cannot read none.log: FileNotFoundError"]
+
+
+def test_clocks_of_calibration_scoring_and_compiling_are_read(log_of):
+    log = log_of(
+        "gptq:collected 3 Hessians in 99.0s",  # before training goes on: inside its clock
+        *STEPS,
+        "GPTQ:collected 67 Hessians in 3.5s",
+        "gptq:train_data calibrated 66 layers in 11.5s",
+        "ttt_lora:compile warmup done (161.9s)",
+        "pre_quant_eval_exact val_loss:1.9 val_bpb:1.10 eval_time:9999ms",
+        "ttt_sliding:done val_loss=1.9 val_bpb=1.17 elapsed=293.2s",
+        "quantized_ttt_phased val_loss:1.9 val_bpb:1.17 eval_time:455128ms",
+        "total_eval_time:455.1s",
+    )
+    assert list(log.calibration.values()) == [3.5, 11.5] and log.compile_seconds == 161.9
+    assert log.eval_seconds == pytest.approx(
+        {"ttt_sliding": 293.2, "quantized_ttt_phased": 455.128, "total_eval_time": 455.1}
+    )
+    assert log.diagnostics == {"pre_quant_eval": (1.9, 1.1)}
+
+
+@pytest.mark.parametrize("line", ["val_tokens: 40540160", "val_loader:shards pattern=x/val_*.bin tokens:40540160"])
+def test_scored_tokens_and_cap_are_read(log_of, line):
+    log = log_of("train_seq_len:1024 max_wallclock_seconds:600.000", line, *STEPS, ROUNDTRIP)
+    assert (log.val_tokens, log.cap_seconds, log.lifted_cap) == (40_540_160, 600.0, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "lifted"),
+    [("FORCE_STOP_STEP=4945", "FORCE_STOP_STEP=4945"), ("force_stop_step: 0", ""), ("now: force_stop", "force_stop")],
+)
+def test_setting_that_lifts_the_cap_is_found_if_it_is_on(log_of, line, lifted):
+    assert log_of(line, *STEPS, ROUNDTRIP).lifted_cap == lifted
+
+
+def test_sizes_may_be_in_megabytes_of_either_kind(log_of):
+    log = log_of("Serialized model int8+zlib: 15.5 MiB", "Total submission size int8+zlib: 15.9 MB", *STEPS, ROUNDTRIP)
+    assert (log.bytes_model, log.bytes_total) == (16_252_928, 15_900_000)
+
+
+@pytest.mark.parametrize("word", ["stopping_early ", "gptq in ", "NVIDIA A1 ", "a:1", "step ", "datasets/", "="])
+def test_long_lines_of_one_word_take_no_time(log_of, word):
+    began = time.process_time()
+    log_of(*[word * (100_000 // len(word))] * 5, *[word * (2_000 // len(word))] * 250, *STEPS, ROUNDTRIP)
+    assert time.process_time() - began < 2.0

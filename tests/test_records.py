@@ -1,6 +1,7 @@
 """Record folders of every shape that was seen in the wild, rebuilt in small: read, compared, never an exception."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -216,9 +217,10 @@ def test_problems_of_the_evidence_are_named(folder):
         train_seed2=stock_log(1.2, 1),
         train_seed3=stock_log(1.3, 1)[:700],
     )
-    assert [problem[:3] for problem in record.problems] == ["P17", "P17", "P12", "P17"]
-    assert "are the same log" in record.problems[0] and "train_seed3.log is a run of seed 1" in record.problems[1]
-    assert "1 over the cap" in record.problems[2] and "3 seeds are listed, 1 log(s)" in record.problems[3]
+    assert [problem[:3] for problem in record.problems] == ["P16", "P16", "P16", "P12", "P17", "P17"]
+    words = ("are the same log", "train_seed3.log is a run of seed 1", "ends before its final score line",
+             "1 over the cap", "says 1.2000, its best seed; 2 log(s) have mean", "3 seeds are listed, 2 log(s)")
+    assert all(word in problem for word, problem in zip(words, record.problems, strict=True))
 
 
 def test_logs_of_other_experiments_do_not_count(folder):
@@ -237,10 +239,26 @@ def test_unknown_verdict_is_unverified(folder, verdict):
     assert read(folder, {"val_bpb": 1.2, "verdict": verdict}).verdict == "unverified"
 
 
-def test_failed_verdict_is_a_doubt_with_its_reasons(folder):
-    verdict = {"status": "fail", "reasons": ["R1 sums to 2"]}
+@pytest.mark.parametrize(("status", "words"), [("fail", "failed verification"), ("hold", "held for a judge")])
+def test_failed_or_held_verdict_is_a_doubt_with_its_reasons(folder, status, words):
+    verdict = {"status": status, "reasons": ["P03 sums to 2"]}
     record = read(folder, {"val_bpb": 1.2, "verdict": verdict}, train=stock_log(1.2))
-    assert record.doubts == ["failed verification: R1 sums to 2"]
+    assert record.verdict == status and record.doubts == [f"{words}: P03 sums to 2"]
+
+
+def test_runs_that_all_print_one_seed_are_told_apart_by_their_names(folder):
+    record = read(folder, {"val_bpb": 1.21}, **{f"train_seed_{s}": stock_log(1.2 + s / 100, 1) for s in (0, 1, 2)})
+    assert record.problems == [f"P16 train_seed_{s}.log is a run of seed 1" for s in (0, 2)]
+    assert {seed: round(result.val_bpb, 4) for seed, result in record.seeds.items()} == {"0": 1.2, "1": 1.21, "2": 1.22}
+
+
+def test_links_pipes_and_devices_are_named_and_not_read(folder, tmp_path):
+    (tmp_path / "elsewhere.log").write_text(stock_log(1.1))
+    (folder / "train.log").symlink_to(tmp_path / "elsewhere.log")
+    (folder / "zero.log").symlink_to("/dev/zero")
+    os.mkfifo(folder / "submission.json")
+    record = read_record(folder)
+    assert record.val_bpb is None and sum("a link, a pipe or a device" in found for found in record.problems) == 3
 
 
 def noise(generator: random.Random) -> bytes:

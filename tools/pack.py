@@ -169,8 +169,10 @@ def unpack(packed: str) -> str:
     try:
         opener = lzma.LZMADecompressor(lzma.FORMAT_RAW, None, LZMA_FILTERS)
         source = opener.decompress(base64.b85decode(match[1]), max_length=MAX_SOURCE_BYTES)
-        if not opener.eof or opener.unused_data:
-            raise ValueError(f"it is cut short, or holds more than its text or than {MAX_SOURCE_BYTES} bytes")
+        if not opener.eof:
+            raise ValueError(f"it is cut short, or holds more than {MAX_SOURCE_BYTES} bytes")
+        if opener.unused_data:  # lzma.decompress would go on and run that too
+            raise ValueError("it holds more behind the end of its text")
         return source.decode()
     except (ValueError, lzma.LZMAError) as error:
         raise ValueError(f"the compressed script is damaged: {error}") from None

@@ -9,11 +9,13 @@ from pathlib import Path
 from statistics import fmean, pstdev, stdev
 
 from tools.logs import Log, Point, read_log
-from tools.untrusted import count, first, load_json, number, read_text, text
+from tools.untrusted import count, first, load_json, number, plain_files, read_text, text
 
 CAP_BYTES = 16_000_000
+MAX_LOGS, MAX_LOG_BYTES, MAX_JSON, MAX_JSON_BYTES = 64, 32 * 1024 * 1024, 16, 1024 * 1024
 TOLERANCE = 1e-4  # bits per byte; many files round to four decimals
 SCORE_KEYS = ("val_bpb", "mean_val_bpb", "val_bpb_mean", "mean_bpb", "bpb")
+SIZE_KEYS = ("bytes_total", "total_bytes", "artifact_bytes_max", "artifact_bytes", "artifact_size_bytes")
 OTHER_QUANTITY = re.compile(r"pre_?quant|baseline|delta|std|sota|leaderboard|threshold|vs_|gain|improve|gap|target")
 NOT_EVIDENCE = re.compile(r"ablat|baseline|control|smoke|sweep|superseded|(^|/)\.", re.I)
 
@@ -49,8 +51,10 @@ class Record:
     arch: str = ""
     dataset: str = ""
     val_bytes: int | None = None
-    verdict: str = "unverified"  # pass, fail or unverified
+    verdict: str = "unverified"  # pass, fail, hold or unverified
     verdict_reasons: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # all plain files, whatever they are
+    logs: list[Log] = field(default_factory=list)  # every different one; several may be of one seed
     curves: dict[str, list[Point]] = field(default_factory=dict)  # by seed
     bpb_per_nat: float | None = None  # turns this record's nats per token into bits per byte
     problems: list[str] = field(default_factory=list)
@@ -59,8 +63,8 @@ class Record:
     @property
     def doubts(self) -> list[str]:
         """Why it is not ranked; an empty list ranks it."""
-        failed = self.verdict_reasons or ["no reason given"] if self.verdict == "fail" else []
-        return [f"failed verification: {reason}" for reason in failed] + self.problems
+        why = {"fail": "failed verification", "hold": "held for a judge"}.get(self.verdict)
+        return [f"{why}: {reason}" for reason in self.verdict_reasons or ["no reason given"] if why] + self.problems
 
     @property
     def num_seeds(self) -> int:
@@ -71,6 +75,7 @@ def read_record(path: Path | str) -> Record:
     """Returns what a record folder says about itself, its claim compared with its own logs."""
     path = Path(path)
     record = Record(path, text(path.parent.name), re.sub(r"^\d{4}-\d\d-\d\d_", "", text(path.name)))
+    record.files = plain_files(path, record.problems)
     data = _read_submission(record)
     logs = _read_logs(record, data)
     _describe(record, data, logs)
@@ -82,11 +87,11 @@ def read_record(path: Path | str) -> Record:
 
 def _read_submission(record: Record) -> dict:
     """Returns the first JSON object of the folder that has a score, submission.json before any other file."""
-    files = [file for file in record.path.glob("*.json") if file.is_file()]
+    files = [file for file in record.files if file.suffix == ".json" and file.parent == record.path]
     files.sort(key=lambda file: (file.name != "submission.json", not file.name.startswith("submission"), file.name))
     parsed = []
-    for file in files:
-        content, reason = load_json(read_text(file, record.problems))
+    for file in files[:MAX_JSON]:
+        content, reason = load_json(read_text(file, record.problems, MAX_JSON_BYTES))
         if isinstance(content, dict):
             parsed.append((file.name, content))
         elif file.name.startswith("submission"):
@@ -101,29 +106,31 @@ def _read_submission(record: Record) -> dict:
 
 def _read_logs(record: Record, data: dict) -> dict[str, Log]:
     """Returns one log per seed; of several for a seed, the one whose final line is the strongest."""
-    files = sorted({file for pattern in ("*.log", "*.txt") for file in record.path.rglob(pattern) if file.is_file()})
+    files = [file for file in record.files if file.suffix.lower() in (".log", ".txt")]
     main = [file for file in files if not NOT_EVIDENCE.search(str(file.relative_to(record.path)))] or files
+    if sum(file.stat().st_size for file in main) > MAX_LOG_BYTES:
+        record.problems.append(f"P16 its logs have more than {MAX_LOG_BYTES:,} bytes; they were not read")
+        main = []
     logs, seen = {}, {}
-    for file in main[:64]:
+    for file in main[:MAX_LOGS]:
         log, name = read_log(file), text(file.name)
         if not log.points and not log.scores and log.result is None:
             continue
-        if log.sha256 in seen:
-            record.problems.append(f"P16 {seen[log.sha256]} and {name} are the same log")
+        if (twin := seen.setdefault(log.sha256, file)) != file:
+            record.problems.append(f"P16 {text(twin.name)} and {name} are the same log")
             continue
-        seen[log.sha256] = name
-        in_name = re.search(r"(?:seed[_-]?|_s)(\d{1,18})", file.stem, re.I)
-        if in_name and log.seed is not None and int(in_name[1]) != log.seed:
+        record.logs.append(log)
+        named = next((str(int(digits)) for digits in re.findall(r"(?i)(?:seed[_-]?|_s)(\d{1,18})", file.stem)), "")
+        if named and log.seed is not None and named != str(log.seed):
             record.problems.append(f"P16 {name} is a run of seed {log.seed}")
-        seed = str(log.seed) if log.seed is not None else str(int(in_name[1])) if in_name else text(file.stem)
+        seed = named or text(file.stem if log.seed is None else log.seed)
         if seed in logs:
             record.notes.append(f"several logs of seed {seed}")
         if seed not in logs or log.score_rank >= logs[seed].score_rank:
             logs[seed] = log
     if listed := set(_stated_seeds(data)) & set(logs):  # a folder may keep logs of other experiments
         logs = {seed: log for seed, log in logs.items() if seed in listed}
-    for log in logs.values():
-        record.problems += [f"{text(log.path.name)} {problem}" for problem in log.problems]
+    record.problems += [f"P16 {text(log.path.name)} {problem}" for log in logs.values() for problem in log.problems]
     record.problems += [] if logs else ["P16 no log"]
     record.curves = {seed: log.points for seed, log in logs.items() if log.points}
     return logs
@@ -147,16 +154,14 @@ def _stated_seeds(data: dict) -> dict[str, SeedResult]:
 
 
 def _seeds_in(value: object, depth: int) -> dict[str, SeedResult]:
-    seeds = {}
-    pairs = value.items() if isinstance(value, dict) else []
+    seeds, pairs = {}, value.items() if isinstance(value, dict) else []
     if isinstance(value, list):
         pairs = [(item.get("seed"), item) if isinstance(item, dict) else (item, None) for item in value]
     for key, inner in pairs:
         match = re.fullmatch(r"(?:seed[_ -]?)?(\d{1,18})", text(key), re.I)
         if match and isinstance(inner, dict):
-            size = count(first(inner, "bytes_total", "artifact_bytes", "total_bytes"))
-            result = SeedResult(_score(inner), number(inner.get("val_loss")), size, text(inner.get("log")))
-            seeds[str(int(match[1]))] = result
+            size, log = first(inner, "bytes_total", "artifact_bytes", "total_bytes"), text(inner.get("log"))
+            seeds[str(int(match[1]))] = SeedResult(_score(inner), number(inner.get("val_loss")), count(size), log)
         elif match:
             seeds[str(int(match[1]))] = SeedResult(number(inner))
         elif isinstance(inner, dict | list) and depth < 4:
@@ -167,27 +172,24 @@ def _seeds_in(value: object, depth: int) -> dict[str, SeedResult]:
 def _describe(record: Record, data: dict, logs: dict[str, Log]) -> None:
     """Fills the words."""
     record.name = text(first(data, "name", "run_name")) or record.name
-    record.author = text(first(data, "author", "authors", "github_id"))
-    record.github_id = text(data.get("github_id"))
+    record.author, record.github_id = text(first(data, "author", "authors", "github_id")), text(data.get("github_id"))
     record.blurb = text(first(data, "blurb", "technique_summary", "summary", "description", "notes"))
-    dates = re.findall(r"\d{4}-\d\d-\d\d", f"{text(data.get('date'))} {text(record.path.name)}")
-    record.date = dates[0] if dates else ""
+    record.date = (re.findall(r"\d{4}-\d\d-\d\d", f"{text(data.get('date'))} {text(record.path.name)}") or [""])[0]
     hardware, arch = first(data, "hardware", "gpu", "gpu_config"), first(data, "arch", "architecture")
     record.hardware = text(hardware) or next((log.hardware for log in logs.values() if log.hardware), "")
     record.arch = text(arch) or next((text(log.result.get("arch")) for log in logs.values() if log.result), "")
     verdict = data.get("verdict") if isinstance(data.get("verdict"), dict) else {"status": data.get("verdict")}
     status, reasons = text(verdict.get("status")).lower(), verdict.get("reasons") or []
-    record.verdict = status if status in ("pass", "fail") else "unverified"
+    record.verdict = status if status in ("pass", "fail", "hold") else "unverified"
     record.verdict_reasons = [text(reason) for reason in (reasons if isinstance(reasons, list) else [reasons])]
 
 
 def _fill_sizes(record: Record, data: dict, logs: dict[str, Log]) -> None:
     """Fills the bytes, of the largest seed."""
-    named = first(data, "bytes_total", "total_bytes", "artifact_bytes_max", "artifact_bytes", "artifact_size_bytes")
     sizes = [each.bytes_total or 0 for each in [*_stated_seeds(data).values(), *logs.values()]]
-    record.bytes_total = max([count(named) or 0, *sizes]) or None
-    coded = [log.bytes_code for log in logs.values() if log.bytes_code]
-    record.bytes_code = count(first(data, "bytes_code", "code_bytes")) or (coded[0] if coded else None)
+    record.bytes_total = max([count(first(data, *SIZE_KEYS)) or 0, *sizes]) or None
+    coded = [log.bytes_code for log in logs.values() if log.bytes_code] or [None]
+    record.bytes_code = count(first(data, "bytes_code", "code_bytes")) or coded[0]
     if record.bytes_total and record.bytes_total > CAP_BYTES:
         record.problems.append(f"P12 {record.bytes_total:,} bytes is {record.bytes_total - CAP_BYTES:,} over the cap")
 
@@ -198,8 +200,7 @@ def _fill_score(record: Record, data: dict, logs: dict[str, Log]) -> None:
     values = _agree(record, claim, {seed: log for seed, log in logs.items() if log.val_bpb is not None})
     told = {seed: result.val_bpb for seed, result in stated.items() if result.val_bpb is not None}
     means = {key: number(data[key]) for key in data if re.search("mean.*bpb|bpb.*mean", key)}
-    means |= {"the mean of its seeds": fmean(told.values())} if told else {}
-    for name, mean in means.items():
+    for name, mean in (means | ({"the mean of its seeds": fmean(told.values())} if told else {})).items():
         if claim is not None and mean is not None and abs(mean - claim) > TOLERANCE:
             record.problems.append(f"P17 submission.json says {claim:.4f}, but {text(name)} is {mean:.4f}")
     if logs and len(stated) > len(values):
@@ -217,7 +218,7 @@ def _fill_score(record: Record, data: dict, logs: dict[str, Log]) -> None:
     said_std = number(first(data, "val_bpb_std", "std_val_bpb", "std_bpb"))
     record.val_bpb_std = stdev(found) if len(found) > 1 else said_std
     if len(found) > 1 and said_std and abs(pstdev(found) - said_std) < 0.05 * said_std < abs(stdev(found) - said_std):
-        record.notes.append(f"its val_bpb_std is the population's; over a sample it is {stdev(found):.5f}")
+        record.notes.append(f"P17 its val_bpb_std is the population's; over a sample it is {stdev(found):.5f}")
     pairs = [(log.val_bpb, log.val_loss) for log in logs.values() if log.val_bpb and (log.val_loss or 0) > 0.01]
     record.bpb_per_nat = pairs[0][0] / pairs[0][1] if pairs else None
 
@@ -244,7 +245,6 @@ def _fill_validation_text(record: Record, data: dict, logs: dict[str, Log]) -> N
     """Fills what the score was measured on; records compare only where this is the same."""
     names = {log.dataset for log in logs.values() if log.dataset}
     sizes = {size for size in (count(data.get("val_bytes")), *(log.val_bytes for log in logs.values())) if size}
-    record.dataset = text(data.get("dataset")) or min(names, default="")
-    record.val_bytes = min(sizes, default=None)
+    record.dataset, record.val_bytes = text(data.get("dataset")) or min(names, default=""), min(sizes, default=None)
     if len(names) > 1 or len(sizes) > 1:
         record.problems.append("P07 its logs and submission.json were not scored on one validation text")

@@ -1,23 +1,65 @@
 """Reads files and values that strangers wrote: whatever they hold, the answer is a plain value, never an exception."""
 
 import json
+import os
+import stat
 from pathlib import Path
 
-MAX_BYTES = 64 * 1024 * 1024
+MAX_BYTES = 16 * 1024 * 1024
 MAX_DEPTH = 32
+MAX_FILES = 2_000  # of one folder, folders among them
+MAX_FOLDERS_DEEP = 8
 LARGEST = 1e15
 
 
-def read_text(path: Path, problems: list[str]) -> str:
-    """Returns the file's text whatever its encoding, at most MAX_BYTES of it; "" and a problem if it cannot be read."""
+def read_bytes(path: Path, problems: list[str], max_bytes: int = MAX_BYTES) -> bytes:
+    """Returns at most max_bytes of a file; b"" and a problem if it cannot be read or is a pipe or a device."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes to would wait
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError("not a file")
+            raw = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         problems.append(f"cannot read {text(path.name)}: {type(error).__name__}")
-        return ""
+        return b""
+    if len(raw) > max_bytes:
+        problems.append(f"{text(path.name)} has more than {max_bytes:,} bytes; the rest was not read")
+    return raw[:max_bytes]
+
+
+def read_text(path: Path, problems: list[str], max_bytes: int = MAX_BYTES) -> str:
+    """Returns the file's text whatever its encoding, at most max_bytes of it; "" and a problem if it cannot be read."""
+    raw = read_bytes(path, problems, max_bytes)
     wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # a Windows shell redirects to UTF-16
     return raw.decode("utf-16" if wide else "utf-8-sig", errors="replace")
+
+
+def plain_files(folder: Path, problems: list[str]) -> list[Path]:
+    """Returns the files under a folder, sorted; a problem for links, which are not followed, pipes and devices."""
+    files, waiting, seen = [], [(folder, 0)], 0
+    while waiting:
+        inside, depth = waiting.pop()
+        try:
+            with os.scandir(inside) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > MAX_FILES:
+                        problems.append(f"{text(folder.name)} holds more than {MAX_FILES} files; the rest was not read")
+                        return sorted(files)
+                    path = Path(entry.path)
+                    if entry.is_file(follow_symlinks=False):
+                        files.append(path)
+                    elif not entry.is_dir(follow_symlinks=False):
+                        problems.append(f"{text(entry.name)} is a link, a pipe or a device; it was not read")
+                    elif depth < MAX_FOLDERS_DEEP:
+                        waiting.append((path, depth + 1))
+                    else:
+                        problems.append(f"{text(entry.name)} lies more than {MAX_FOLDERS_DEEP} folders deep; "
+                                        "it was not read")
+        except (OSError, ValueError) as error:
+            problems.append(f"cannot list {text(inside.name)}: {type(error).__name__}")
+    return sorted(files)
 
 
 def load_json(content: str) -> tuple[object, str]:

@@ -123,7 +123,7 @@ def read_data(folder: Path) -> Data:
                 raise ValueError(f"{shard} is not the file that manifest.json describes; prepare it again")
         data = Data(folder.resolve(), manifest, sha256(path), np.concatenate([read_shard(shard) for shard in shards]))
         whole = data.tokenizer_sha256 and data.vocab_size > 1 and data.bos_id >= 0 and data.val_bytes > 0
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, OSError) as error:
         raise ValueError(f"{path} is not a manifest of data/prepare.py: {reason or type(error).__name__} "
                          f"{text(str(error))[:100]}") from None
     if not whole or len(data.tokens) < 2:

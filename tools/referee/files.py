@@ -27,7 +27,7 @@ VERDICTS = ("pass", "fail", "hold", "unverified")
 ANNOUNCED = re.compile(r"model_params:\d+ \| world_size:(\d{1,9}) \| seed:(\d{1,18})$")
 STEP = re.compile(r"step:(\d{1,12})/(\d{1,12}) (?:train|val)_loss:(\S*)")
 STOP = re.compile(r"stopping_early: (\S+) train_time:\d+ms step:\d+/(\d{1,12})$")
-LIFTED_CAP = re.compile(r"\w*(FORCE_?STOP|(IGNORE|NO|SKIP|DISABLE)_(WALLCLOCK_)?CAP)(?![A-Z])\w*")
+LIFTED_CAP = re.compile(r"\b\w{0,40}?(FORCE_?STOP|(IGNORE|NO|SKIP|DISABLE)_(WALLCLOCK_)?CAP)(?![A-Z])\w*")
 
 
 @check("P14")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tools.logs import Log
 from tools.referee.logs_folder import Folder, found, skipped
-from tools.referee.packed import read_script
+from tools.referee.packed import MAX_SOURCE_BYTES
 from tools.referee.rules import RULES, Finding, Table
-from tools.untrusted import count, number, read_bytes, text
+from tools.untrusted import count, number, read_text, text
 
 # Scored tokens of FineWeb's validation text, by tokenizer, and the bytes that merged upstream logs imply for them. They
 # differ in their last tokens, for a script leaves out the end that does not fill a window.
@@ -18,11 +18,13 @@ FINGERPRINTS = {
 }
 FINEWEB_BYTES = 151_080_891  # of the whole text
 SAME_TEXT = 1e-3  # relative: a window's end that was left out, and four decimals
-SAME_RUN = 1e-4  # relative: one way of scoring in two logs
+SAME_RUN = 5e-4  # relative: one way of scoring in two logs, perhaps in four decimals
 CODE = re.compile(r"\.(py[cx]?|ipynb|cc?|cpp|cuh?|h|hpp|so|o|a|dll|sh|bash|pl|rs|go|js|lua|jar|wasm|ptx|cubin|mojo)")
 NO_CODE = re.compile(r"\.(md|txt|log|[ct]sv|jsonl?|toml|ya?ml|cfg|ini|png|jpe?g|svg|gif|pdf|html|diff|model|vocab)")
 MODEL = re.compile(r"model|weights|checkpoint|artifact|quant", re.I)
+PREPARES = re.compile(r"prepare|prep_|download|tokeniz|test_|plot|bench")  # before or after a run, unless imported
 MEBIBYTES = 16 * 2**20
+MAX_HELPERS = 16
 
 
 def bytes_per_token(val_loss: float | None, val_bpb: float | None) -> float | None:
@@ -106,6 +108,9 @@ def train_clock(folder: Folder) -> Finding:
                             f"{stop + after - cap:.1f} s over")
         if log.lifted_cap:
             problems.append(f"{name}: {text(log.lifted_cap)} lets it run on past its cap")
+    for file in (file for file in folder.record.files if file.name.lower().startswith("readme")):
+        if said := re.search(r"\bFORCE_?STOP\w{0,20}=[1-9]\d{0,9}", read_text(file, [], MAX_SOURCE_BYTES)):
+            problems.append(f"{folder.named(file)} runs it with {said[0]}, past its cap")
     if found_in := re.search(r"\b\w{0,20}FORCE_?STOP\w{0,20}", folder.code.text):
         holds.append(f"{folder.named(folder.script)} has a setting {found_in[0]}: the cap is no setting")
     table = Table("training time", ["log", "cap, s", "stop, s", "calibration, s", "together, s"], rows)
@@ -164,16 +169,23 @@ def kinds_of_files(folder: Folder) -> dict[Path, str]:
     return kinds
 
 
+def names_in(source: str) -> set[str]:
+    """The names of files that a program may open, outside its comments, and of the modules that it imports as files."""
+    source = re.sub(r"^[ \t]*#.*", "", source, flags=re.M)
+    imported = re.findall(r"^[ \t]*(?:from|import)[ \t]+([^\n]*)", source, re.M)
+    modules = {f"{word}.py" for line in imported for word in re.findall(r"\w+", line)}
+    words = {word.strip(".") for word in re.findall(r"[\w.+-]{1,255}", source)}
+    return modules | {word for word in words if not PREPARES.search(word)}
+
+
 def reached(folder: Folder, files: list[Path]) -> set[Path]:
-    """The files that the script names, or that those name which it names."""
-    seen, texts = set(), [folder.code.text]
-    while texts:
-        source = texts.pop()
-        for file in files:
-            imported = rf"^\s*(?:from|import)\s+[\w., ]*\b{re.escape(file.stem)}\b"
-            if file not in seen and (file.name in source or re.search(imported, source, re.M)):
-                seen.add(file)
-                texts.append(read_script(read_bytes(file, [])).text)
+    """The files that the script names, or that those name which it names; at most MAX_HELPERS are looked into."""
+    seen, waiting = set(), [folder.code.text]
+    while waiting and len(seen) < MAX_HELPERS:
+        names = names_in(waiting.pop())
+        new = [file for file in files if file.name in names and file not in seen]
+        seen.update(new)
+        waiting += [read_text(file, [], MAX_SOURCE_BYTES) for file in new[:MAX_HELPERS]]
     return seen
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from tools.untrusted import text
 
-MAX_SOURCE_BYTES = 4 * 1024 * 1024  # of one layer; the largest real script has a twentieth of it
-MAX_LAYERS = 8
-MAX_LITERALS = 32  # of one layer
+MAX_SOURCE_BYTES = 512 * 1024  # of one layer; the largest real script has a third of it
+MAX_PARSED = 4 * MAX_SOURCE_BYTES  # of all that is tried
+MAX_LAYERS, MAX_DEPTH = 8, 4
+MAX_LITERALS, MAX_EXECS = 32, 32  # of one layer
 SHORTEST_LITERAL = 200
 LZMA2 = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 24}]
 DECODERS: dict[str, Callable[[bytes], bytes]] = {
@@ -48,6 +49,7 @@ class Script:
 
     layers: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    letters_left: int = MAX_PARSED  # that may still be parsed
 
     @property
     def text(self) -> str:
@@ -57,46 +59,50 @@ class Script:
 def read_script(raw: bytes) -> Script:
     """Returns all layers of a script; a problem for each that is no Python or runs what cannot be read in it."""
     script = Script([("on disk", raw.decode("utf-8-sig", errors="replace"))])
-    for depth, (how, source) in enumerate(script.layers):  # grows while it is walked
-        tree, problem = parse(source)
-        if problem:
-            script.problems.append(f"{how}: {problem}")
-            continue
-        inside: list[tuple[str, str]] = []
-        for literal in literals(tree)[:MAX_LITERALS]:
+    nodes, problem = parse(script, script.layers[0][1])
+    script.problems += [f"on disk: {problem}"] if problem else []
+    waiting = [(0, "on disk", nodes)]
+    while waiting:
+        depth, how, nodes = waiting.pop()
+        inside = []
+        for literal in literals(nodes)[:MAX_LITERALS]:
             try:
-                inside += [(f"{how}, {way}", found) for way, found in texts_in(literal)]
+                inside += texts_in(script, literal)
             except TooLarge as error:
                 script.problems.append(f"{how}: {error}")
-        script.problems += [f"{how}: {problem}" for problem in problems_of_exec(tree, bool(inside))]
-        if depth + len(inside) >= MAX_LAYERS:
-            script.problems.append(f"it is packed more than {MAX_LAYERS} times; what lies deeper was not read")
+        script.problems += [f"{how}: {problem}" for problem in problems_of_exec(nodes, bool(inside))]
+        if inside and (depth == MAX_DEPTH or len(script.layers) + len(inside) > MAX_LAYERS):
+            script.problems.append(f"{how}: it holds more than {MAX_LAYERS} packed texts; the rest was not read")
             break
-        script.layers += inside
+        script.layers += [(f"{how}, {way}", source) for way, source, _ in inside]
+        waiting += [(depth + 1, f"{how}, {way}", nodes) for way, _, nodes in inside]
     return script
 
 
-def parse(source: str) -> tuple[ast.AST, str]:
-    """(the syntax tree, "") or (an empty one, why there is none)."""
-    empty = ast.Module([], [])
-    if len(source) > MAX_SOURCE_BYTES:
-        return empty, f"it has more than {MAX_SOURCE_BYTES:,} letters and was not read"
+def parse(script: Script, source: str) -> tuple[list[ast.AST], str]:
+    """(every node of the syntax tree, the module first; "") or ([], why there is no tree)."""
+    if len(source) > min(MAX_SOURCE_BYTES, script.letters_left):
+        return [], f"its {len(source):,} letters are too many and were not read"
+    script.letters_left -= len(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's advice on a stranger's code
-            return ast.parse(source), ""
+            return list(ast.walk(ast.parse(source))), ""
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return empty, f"it is no Python {python}: {text(str(error))[:120] or type(error).__name__}"
+        return [], f"it is no Python {python}: {text(str(error))[:120] or type(error).__name__}"
 
 
-def literals(tree: ast.AST) -> list[str | bytes]:
-    """The long texts of a tree that are no prose, the longest first; texts that are joined by + or join() are one."""
+def literals(nodes: list[ast.AST]) -> list[str | bytes]:
+    """The long texts among the nodes that are no prose, the longest first; what + or join() put together is one."""
     found, seen = [], set()
-    for node in ast.walk(tree):
-        if id(node) in seen:
+    for node in nodes:
+        if id(node) in seen or not isinstance(node, ast.BinOp | ast.Call | ast.Constant):
             continue
-        parts = joined(node)
+        parts, inner = joined(node), getattr(node, "left", None)
+        while isinstance(inner, ast.BinOp):  # a part of this sum is not looked at again
+            seen.add(id(inner))
+            inner = inner.left
         if parts and all(isinstance(part, ast.Constant) for part in parts):
             seen |= {id(part) for part in parts}
             values = [part.value for part in parts]
@@ -120,8 +126,8 @@ def joined(node: ast.AST) -> list[ast.AST]:
     return [node] if isinstance(node, ast.Constant) else []
 
 
-def texts_in(literal: str | bytes) -> Iterator[tuple[str, str]]:
-    """(decoders, text) for the first way in which a literal is Python; TooLarge if it unpacks to more than that."""
+def texts_in(script: Script, literal: str | bytes) -> Iterator[tuple[str, str, list[ast.AST]]]:
+    """(decoders, text, its nodes) for the first way in which a literal is Python; TooLarge if it is a bomb."""
     raw = literal if isinstance(literal, bytes) else "".join(literal.split()).encode("utf-8", "replace")
     for code, decode in DECODERS.items():
         try:
@@ -140,30 +146,28 @@ def texts_in(literal: str | bytes) -> Iterator[tuple[str, str]]:
             way = " and ".join(filter(None, (code, name)))
             if len(unpacked) > MAX_SOURCE_BYTES:
                 raise TooLarge(f"{len(raw):,} letters of {way} unpack to more than {MAX_SOURCE_BYTES:,} bytes")
-            if looks_like_code(source):
-                yield way, source
+            nodes, _ = parse(script, source)
+            if looks_like_code(nodes):
+                yield way, source, nodes
                 return
 
 
-def looks_like_code(source: str) -> bool:
+def looks_like_code(nodes: list[ast.AST]) -> bool:
     """Whether a text is Python with a statement of its own, not a word or a number that also parses."""
-    tree, problem = parse(source)
-    return not problem and any(not isinstance(node, ast.Expr | ast.Assign) or isinstance(node.value, ast.Call)
-                               for node in getattr(tree, "body", []))
+    return any(not isinstance(node, ast.Expr | ast.Assign) or isinstance(node.value, ast.Call)
+               for module in nodes[:1] for node in module.body)
 
 
-def problems_of_exec(tree: ast.AST, unpacked: bool) -> Iterator[str]:
+def problems_of_exec(nodes: list[ast.AST], unpacked: bool) -> Iterator[str]:
     """What a layer runs as a program that is not in it: another file, or a text that nothing here could unpack."""
-    for node in ast.walk(tree):
-        name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else \
-            node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-        if name not in ("exec", "run_path", "execfile") or not node.args:
-            continue
+    called = [(node, getattr(node.func, "id", getattr(node.func, "attr", ""))) for node in nodes
+              if isinstance(node, ast.Call) and node.args]
+    runs = [(node, name) for node, name in called if name in ("exec", "run_path", "execfile")]
+    for node, name in runs[:MAX_EXECS]:
         inner = [part for argument in node.args for part in ast.walk(argument)]
         words = [part.value for part in inner if isinstance(part, ast.Constant) and isinstance(part.value, str)]
         files = [text(word) for word in words if word.endswith((".py", ".txt", ".bin", ".json"))]
-        called = {getattr(part, "id", getattr(part, "attr", "")) for part in inner}
-        opens = called & {"open", "read_text", "read_bytes"}
+        opens = {getattr(part, "id", getattr(part, "attr", "")) for part in inner} & {"open", "read_text", "read_bytes"}
         if opens or name == "run_path":
             yield f"line {node.lineno} runs another file, {' or '.join(files[-1:]) or 'which it opens'}, as its code"
         elif not unpacked and not isinstance(node.args[0], ast.Constant):
