@@ -785,9 +785,10 @@ def unshuffled(data: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor
 def pack_artifact(
     model: LanguageModel, arch: str, tokenizer_sha256: str | None, plan: ScorePlan, progress: float, bits: int
 ) -> bytes:
-    """The bytes of model.bin: matrices quantised per row, control tensors in fp32, shared tensors once."""
+    """The bytes of model.bin: the model folded, matrices quantised per row, control tensors fp32, shared ones once."""
     import zstandard
 
+    model = model.folded()
     params = dict(model.named_parameters(remove_duplicate=False))
     entries, chunks, first = [], [], {}
     for name, tensor in model.state_dict().items():

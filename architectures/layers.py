@@ -47,10 +47,18 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """The closed form of the model's parameter count; an architecture with other weights says its own."""
-        D, L, H = self.model_dim, self.num_layers, self.num_heads
-        attention = 2 * D * D + 2 * D * self.num_kv_heads * self.head_dim + H  # query, out; key, value; q_gain
-        block = attention + 2 * self.mlp_mult * D * D + 4 * D  # two scales and a pair of mixes per channel
-        return self.vocab_size * D * (1 if self.tie_embeddings else 2) + L * block + (L // 2) * D
+        return self.embed_params() + self.num_layers * self.block_params() + (self.num_layers // 2) * self.model_dim
+
+    def embed_params(self) -> int:
+        return self.vocab_size * self.model_dim * (1 if self.tie_embeddings else 2)
+
+    def attention_params(self) -> int:
+        D = self.model_dim
+        return 2 * D * D + 2 * D * self.num_kv_heads * self.head_dim + self.num_heads  # query, out; key, value; q_gain
+
+    def block_params(self) -> int:
+        D = self.model_dim  # two matrices of the MLP, two scales and a pair of mixes per channel
+        return self.attention_params() + 2 * self.mlp_mult * D * D + 4 * D
 
     @property
     def head_dim(self) -> int:
@@ -182,7 +190,8 @@ class LanguageModel(nn.Module):
     """Tied embedding, a stack of blocks, softcapped head. An architecture overrides the smallest hook that says it.
 
     What the trainer relies on: `forward(input_ids, target_ids)` is the training loss, `nats(...)` scores each target,
-    parameters carry their own treatment (`control`), and only parameters and persistent buffers cost bytes.
+    parameters carry their own treatment (`control`), and only the parameters and persistent buffers of `folded()` cost
+    bytes.
     """
 
     progress_switches: ClassVar[tuple[float, ...]] = ()  # fractions of the run at which on_progress changes the graph
@@ -194,9 +203,8 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
         nn.init.normal_(self.embed.weight, std=config.tied_embed_init_std if config.tie_embeddings else 1.0)
         self.blocks = self.make_blocks()
-        num_skips = len(self.blocks) // 2
-        if num_skips:
-            self.skip_weights = control(nn.Parameter(torch.ones(num_skips, config.model_dim)))
+        if self.num_skips:
+            self.skip_weights = control(nn.Parameter(torch.ones(self.num_skips, config.model_dim)))
         self.head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size, zero_init=True)
 
     def make_mixer(self, layer_idx: int) -> nn.Module:
@@ -213,9 +221,14 @@ class LanguageModel(nn.Module):
         """The modules that hold the stack's weights, in forward order: one per layer unless layers share."""
         return nn.ModuleList(self.make_block(i) for i in range(self.config.num_layers))
 
+    @property
+    def num_skips(self) -> int:
+        """How many of the first blocks' outputs are added to the inputs of the last blocks."""
+        return len(self.blocks) // 2
+
     def backbone(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D): the blocks, the second half fed from the first in mirror order (U-Net skips)."""
-        x0, skips, num_skips = x, [], len(self.blocks) // 2
+        x0, skips, num_skips = x, [], self.num_skips
         for i, block in enumerate(self.blocks):
             if i >= num_skips and skips:
                 x = x + self.skip_weights[i - num_skips].to(x.dtype) * skips.pop()
@@ -258,3 +271,11 @@ class LanguageModel(nn.Module):
 
     def observe(self, target_ids: Tensor) -> None:
         """Test-time training: told targets (1, T) once their scores are given away. Makes scoring sequential."""
+
+    def folded(self) -> "LanguageModel":
+        """The model to store: this one, or a smaller one with equal logits that its own config rebuilds.
+
+        Called when the artifact is made. What scoring does not need, such as a generator whose outputs are smaller than
+        it, is left out; the trained model stays as it is.
+        """
+        return self

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, environment, sys, write_shard
 
 import train_gpt
-from architectures import load_architecture, names
+from architectures import SHELF, load_architecture, names
 from architectures.layers import LanguageModel, ModelConfig
 from tools import pack
 
@@ -45,11 +45,13 @@ def some_tokens(*shape: int) -> torch.Tensor:
 
 
 def train_losses(name: str, steps: int = 3, tokens: torch.Tensor | None = None, **settings) -> list[float]:
-    """The losses of a few steps of the real trainer, without its clock."""
+    """The losses of a few steps of the real trainer, without its clock, and the score after them."""
     model = tiny(name, **settings)
     trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
     batch = some_tokens(4, model.config.train_seq_len + 1) if tokens is None else tokens
-    return [trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0].item() for step in range(steps)]
+    losses = [trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0].item() for step in range(steps)]
+    train_gpt.fill_generated(model.eval())
+    return [*losses, model.nats(batch[:, :-1], batch[:, 1:]).mean().item()]
 
 
 @every_architecture
@@ -110,7 +112,7 @@ def test_every_knob_changes_the_loss_within_three_steps(name):
         if f.name in ("vocab_size", "train_seq_len"):
             continue
         now = SHAPE.get(f.name, f.default)
-        other = f.metadata.get("other", not now if isinstance(now, bool) else now * 2)
+        other = f.metadata["other"] if "other" in f.metadata else not now if isinstance(now, bool) else now * 2
         if train_losses(name, **{f.name: other}) == base:
             dead.append(f.name)
     assert dead == []
@@ -196,7 +198,8 @@ def test_cites_its_source(name):
 @every_architecture
 def test_imports_only_the_shelf_and_kernels(name):
     kit = {node.module for node in pack.kit_imports((FOLDER / f"{name}.py").read_text())}
-    assert all(m == "architectures.layers" or m.startswith("architectures.kernels") for m in kit)
+    shelf = {f"architectures.{module}" for module in SHELF}
+    assert all(m in shelf or m.startswith("architectures.kernels") for m in kit)
 
 
 def test_unknown_name_suggests_the_nearest():
