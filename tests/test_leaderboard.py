@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shutil
 import string
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -12,12 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from test_record import filed_record
 
-from tools.leaderboard import BEGIN, EMPTY, END, main, read_records, sections, table
+from tools.leaderboard import BEGIN, EMPTY, END, main
 from tools.plots import LABEL_GAP, spread, ticks
-from tools.referee.case import Case
-from tools.referee.rules import RULES
 
 VOID = {"meta", "input", "link", "br", "img"}
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> | `x` [a](javascript:b) ' + END + " {{sections}}"
@@ -31,15 +27,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def add(root: Path, folder: str, val_bpb: float, seeds=(1, 2, 3), track="track_10min_16mb", log="", **fields) -> Path:
-    """Writes a record whose seeds score 0.001 apart around val_bpb; `fields` go into submission.json."""
+    """Writes a record of upstream's kind whose seeds score 0.001 apart around val_bpb; `fields` go into its JSON."""
     path = root / "records" / track / folder
     (path / "logs").mkdir(parents=True)
     (path / "README.md").write_text("words")
     for index, seed in enumerate(seeds):
         score = val_bpb + (index - (len(seeds) - 1) / 2) * 0.001
-        result = {"seed": seed, "val_loss": 2.0, "val_bpb": score, "hardware": "8x H100", "bytes_total": 15_000_000}
         steps = [f"step:{step}/99 train_loss:{3 - step / 99:.3f} train_time:{step * 1000}ms" for step in range(1, 99)]
-        words = log or "\n".join([*steps, "result:" + json.dumps(result)])
+        words = log or "\n".join([*steps, f"final_int8_zlib_roundtrip_exact val_loss:2.0 val_bpb:{score:.8f}"])
         (path / "logs" / f"train_seed{seed}.log").write_text(words)
     submission = {
         "name": folder[11:],
@@ -48,6 +43,8 @@ def add(root: Path, folder: str, val_bpb: float, seeds=(1, 2, 3), track="track_1
         "val_bpb": val_bpb,
         "val_bytes": 1000,
         "dataset": "fineweb_sp1024",
+        "hardware": "8x H100",
+        "bytes_total": 15_000_000,
         "verdict": {"status": "pass"},
         **fields,
     }
@@ -264,41 +261,6 @@ def test_ticks_are_round_and_inside(low, high):
     assert 3 <= len(found) <= 12 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
 
 
-@pytest.fixture
-def filed(data, tmp_path_factory, tmp_path) -> Path:
-    """A record of the kit in a folder of records, free to be spoilt."""
-    workshop = tmp_path_factory.getbasetemp() / "packed_runs"
-    workshop.mkdir(exist_ok=True)
-    record = filed_record(data, workshop)
-    return Path(shutil.copytree(record, tmp_path / "records" / record.parent.name / record.name))
-
-
-def board_of(folder: Path) -> str:
-    return table(sections(read_records(folder.parent.parent)), folder)
-
-
-def change_submission(folder: Path, **changes: object) -> None:
-    path = folder / "submission.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def test_record_of_the_kit_that_fails_a_file_rule_is_shown_with_the_rule(filed):
-    change_submission(filed, val_bpb_std=0.0, verdict={"status": "pass", "reasons": []})
-    board = board_of(filed)
-    assert "### Not ranked" in board and "P17 statistics" in board and ", fail: " in board
-
-
-def test_record_that_changed_since_its_verdict_is_unverified(filed):
-    change_submission(filed, verdict={"status": "pass", "reasons": [], "record_sha256": Case(filed).record_sha256})
-    assert board_of(filed).endswith("pass |")
-    change_submission(filed, blurb="Other words.")
-    assert board_of(filed).endswith("unverified |")
-
-
-def test_held_record_is_shown_apart_until_a_judge_accepts_it(filed, monkeypatch):
-    monkeypatch.setitem(RULES["P25"]["limit"], "val_bpb", 99.0)
-    change_submission(filed, verdict={"status": "pass", "reasons": []})
-    board = board_of(filed)
-    assert "### Held for a judge" in board and "P25 plausible" in board and "### Not ranked" not in board
-    change_submission(filed, verdict={"status": "pass", "reasons": [], "accepted": {"P25": "another kind of text"}})
-    assert "### Held" not in board_of(filed)
+def test_upstreams_record_cannot_say_that_it_passed(root):
+    add(root, "2026-11-22_a", 1.2)
+    assert run(root)[1].count(", unverified |") == 1

@@ -1,6 +1,7 @@
 """The referee's page: every rule has its place, all evidence is there, and strangers' words stay words."""
 
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -93,3 +94,34 @@ def test_page_is_the_same_from_printed_findings():
 
 def test_page_does_without_a_score():
     assert "no score claimed" in page(about() | {"val_bpb": "x", "name": None}, findings())
+
+
+def test_page_reads_what_verify_prints_as_json():
+    found = [finding.as_json() for finding in findings()]
+    printed = {"record": "records/track_x/2026-11-25_tiny", "status": "unverified", "reasons": ["P06 no data"],
+               "verified_with": "tools.verify, 9 of 24 rules", "record_sha256": "abc123", "referee_sha256": "def456"}
+    html = page(printed | {"findings": found}, found)
+    parsed(html)
+    assert "<h1>2026-11-25_tiny</h1>" in html and "no score claimed" not in html
+    assert all(words in html for words in ("tools.verify, 9 of 24 rules", "abc123", "def456", "P06 no data"))
+
+
+def test_page_leaves_words_alone_that_look_like_its_marks():
+    html = page(about("{{body}} {{title}}"), findings())
+    assert len(parsed(html).ids) == len(set(parsed(html).ids)) and "{{body}} {{title}}" in html
+
+
+@pytest.mark.parametrize("score", [pytest.param(10**400, id="huge"), math.inf, math.nan, None, [], {}, "1e999", True])
+def test_page_stands_any_score(score):
+    assert "no score claimed" in page(about() | {"val_bpb": score}, findings())
+
+
+def test_page_does_not_group_the_digits_of_a_seed():
+    table = Table("runs", ["seed", "bytes"], [[1337, 1337]])
+    html = page(about(), [Finding("P16", "logs", "PASS", evidence=[table])])
+    assert '<td class="num">1337</td><td class="num">1,337</td>' in html
+
+
+def test_page_states_the_limits_of_the_rules():
+    html = page(about(), findings())
+    assert "16,000,000" in html and not re.search(r"Limit\.</b>[^<]*[{}]", html)

@@ -83,6 +83,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a file beside the records": (lambda: write(f"{TRACK}/README.md"), f"adds {TRACK}/README.md, which lies in no"),
     "a link as a record": (lambda: os.symlink("2026-01-01_old", NEW), f"adds {NEW}, which lies in no"),
     "a track that becomes a link": (lambda: (shutil.rmtree(TRACK), os.symlink("/tmp", TRACK)), "adds no new folder"),
+    "a verdict that it brings": (lambda: write(f"{NEW}/submission.json", '{"verdict": {"status": "pass"}}'),
+                                 "brings a verdict of its own"),
     "a name of control characters": (lambda: write(f"{TRACK}/a\nFAIL \x1b[2J\tb\udcff"), "which lies in no"),
 }
 

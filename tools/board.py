@@ -88,7 +88,7 @@ def row_html(record: Record, mark: Mark, link: Callable[[Path], str]) -> str:
     seeds = f"{record.num_seeds} seed{'s' if record.num_seeds > 1 else ''}"
     size = record.bytes_total or 0
     bar = f'{size:,}<span class="bar"><i style="width:{min(100, 100 * size / CAP_BYTES):.1f}%"></i></span>'
-    notes = escape("; ".join([record.verdict, *record.notes[:3]]))
+    notes, kind = escape("; ".join([record.verdict, *record.notes[:3]])), record.verdict.split()[0]
     return (f'<tr data-key="{mark.key}"><td class="at" data-value="{mark.letter}">{badge_html(mark)}</td>'
             f'<td class="run">{run_html(record, link)}<div class="blurb">{escape(record.blurb)}</div></td>'
             f'<td class="num points" data-value="{record.val_bpb}"><div class="score">{record.val_bpb:.4f}'
@@ -96,7 +96,7 @@ def row_html(record: Record, mark: Mark, link: Callable[[Path], str]) -> str:
             f'<td class="rest">{author_html(record)}</td><td class="rest">{escape(record.hardware)}</td>'
             f'<td class="num rest{" size" if size else ""}" data-value="{size}">{bar if size else ""}</td>'
             f'<td class="rest date">{escape(record.date)}</td>'
-            f'<td class="rest"><span class="chip {record.verdict}" title="{notes}">{record.verdict}</span></td></tr>')
+            f'<td class="rest"><span class="chip {kind}" title="{notes}">{record.verdict}</span></td></tr>')
 
 
 def doubted_html(record: Record, mark: Mark | None, link: Callable[[Path], str]) -> str:

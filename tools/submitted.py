@@ -138,6 +138,18 @@ def problems_of(found: list[Change], folders: list[str], base: str, head: str) -
     return problems
 
 
+def verdict_problem(folder: str, head: str) -> list[str]:
+    """A verdict that the record brings along: judges give verdicts, and a board would show this one."""
+    try:
+        said, _ = load_json(git("show", f"{head}:{folder}/submission.json").decode(errors="replace"))
+    except ValueError:
+        return []  # the file is missing, which the referee says
+    verdict = said.get("verdict") if isinstance(said, dict) else None
+    if isinstance(verdict, dict) and verdict.get("status") == "unverified" and not verdict.get("accepted"):
+        return []
+    return ["brings a verdict of its own; file the submission.json that tools.record wrote, which says unverified"]
+
+
 @contextmanager
 def checked_out(head: str) -> Iterator[Path]:
     """A folder with the files of a commit, without hooks, gone afterwards."""
@@ -200,6 +212,7 @@ def examine(base: str, head: str, html: Path | None) -> str:
     folders = new_folders(found, base)
     problems, said = problems_of(found, folders, base, head), {}
     if len(folders) == 1:
+        problems += verdict_problem(folders[0], head)
         try:
             with checked_out(head) as tree:
                 said = referee(tree / folders[0], html)

@@ -125,13 +125,14 @@ def disclosure(case: Case) -> Found:
 
 
 def ranked_beside(case: Case) -> list[Record]:
-    """The records beside this one, of its track, that are ranked on its validation text."""
+    """The records beside this one, of its track, that were ranked on its validation text when it was filed."""
     said, found = case.submission, []
     for folder in sorted(case.folder.parent.iterdir()):
         if folder.is_dir() and folder.resolve() != case.folder.resolve():
             record = read_record(folder)
             same_text = (record.dataset, record.val_bytes) == (said["dataset"], said["val_bytes"])
-            found += [record] if same_text and record.val_bpb is not None and not record.doubts else []
+            counts = same_text and record.val_bpb is not None and not record.doubts
+            found += [record] if counts and record.date <= said["date"] else []
     return found
 
 

@@ -1,15 +1,19 @@
 """Writes the report of an examination: one page that stands alone, with the evidence, to read and to link to."""
 
+import re
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 from tools.referee.rules import RULES
-from tools.untrusted import text
+from tools.untrusted import number, text
 
 OPEN = ("FAIL", "HOLD")
 SHOWN_ROWS = 12  # longer tables are folded
+NAMES = ("seed", "token", "line")  # columns of whole numbers that count nothing
 ORDER = ("FAIL", "HOLD", "SKIP", "PASS")
+USED = {"folder": "folder", "with": "examined with", "machine": "machine", "record": "sha256 of the record",
+        "referee": "sha256 of the referee"}
 
 
 def words(value: object) -> str:
@@ -34,12 +38,17 @@ def table_html(table: dict) -> str:
     rows, head = [list(row) for row in table["rows"]], list(table["head"])
     numeric = [any(is_number(row[i]) for row in rows if i < len(row))
                and all(row[i] is None or is_number(row[i]) for row in rows if i < len(row)) for i in range(len(head))]
-    classes = [' class="num"' if number else "" for number in numeric]
+    classes = [' class="num"' if counts else "" for counts in numeric]
     top = "".join(f"<th{css}>{words(name)}</th>" for name, css in zip(head, classes, strict=True))
-    lines = ["".join(f"<td{css}>{words(value)}</td>" for value, css in zip(row, classes, strict=False)) for row in rows]
+    shown = [(lambda value: words(value).replace(",", "")) if name in NAMES and counts else words
+             for name, counts in zip(head, numeric, strict=True)]
+    lines = ["".join(f"<td{css}>{show(value)}</td>" for value, css, show in zip(row, classes, shown, strict=False))
+             for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     whole = f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     caption = f'<p class="caption">{words(table["title"])}</p>'
+    if not rows:
+        return f"{caption}<p>none</p>"
     if len(rows) <= SHOWN_ROWS:
         return caption + whole
     return f"{caption}<details><summary>{len(rows):,} rows</summary>{whole}</details>"
@@ -47,7 +56,7 @@ def table_html(table: dict) -> str:
 
 def limit_words(rule: dict) -> str:
     """The limit of a rule in the words of rules.json."""
-    return rule["limit_words"].format(**(rule["limit"] or {}))
+    return rule["limit_words"].format(**{name: words(value) for name, value in (rule["limit"] or {}).items()})
 
 
 def section_html(finding: dict) -> str:
@@ -77,22 +86,39 @@ def overview_html(findings: Iterable[dict]) -> str:
     return f'<div class="scroll"><table class="overview">{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
+def facts_html(about: dict) -> str:
+    """What was examined, with what and where."""
+    used = about.get("verified_with")
+    if not isinstance(used, dict):
+        used = {"with": used, "record": about.get("record_sha256"), "referee": about.get("referee_sha256")}
+    used = {"folder": about.get("record")} | used
+    named = {name: used.get(key) for key, name in USED.items()} | {key: used[key] for key in used if key not in USED}
+    return "".join(f"<dt>{words(key)}</dt><dd>{words(value)}</dd>" for key, value in named.items() if value)
+
+
+def lead_html(about: dict) -> str:
+    """Who claims what, and when that was examined, as far as it is known."""
+    score = number(about.get("val_bpb"))
+    claim = "no score claimed" if score is None else f"{score:.6f} bits per byte claimed"
+    who = words(about["author"]) if about.get("author") else ""
+    when = f"examined on {words(about['date'])}" if about.get("date") else ""
+    return ", ".join(filter(None, [who, claim if "val_bpb" in about else "", when]))
+
+
 def page(about: dict, findings: list) -> str:
     """The report. about has record, name, author, val_bpb, status, reasons, date and verified_with, a dict of words;
-    findings are Finding objects, or what `tools.verify --json` prints of them."""
+    findings are Finding objects. Both may be what `tools.verify --json` prints, which names the record by its folder
+    and has verified_with as one line beside record_sha256 and referee_sha256."""
     found = [finding if isinstance(finding, dict) else finding.as_json() for finding in findings]
-    score = about.get("val_bpb")
-    claim = f"{score:.6f} bits per byte claimed" if is_number(score) else "no score claimed"
     status = about["status"] if about["status"] in ("pass", "fail", "hold") else "unverified"
     reasons = "".join(f"<li>{words(reason)}</li>" for reason in about["reasons"])
-    used = {"folder": about.get("record"), **about.get("verified_with", {})}
-    facts = "".join(f"<dt>{words(key)}</dt><dd>{words(value)}</dd>" for key, value in used.items())
-    body = [f"<h1>{words(about.get('name') or about.get('record'))}</h1>",
-            f'<p class="lead">{words(about.get("author"))}, {claim}. Examined on {words(about.get("date"))}.</p>',
+    name = about.get("name") or Path(text(about.get("record"))).name
+    body = [f"<h1>{words(name)}</h1>",
+            f'<p class="lead">{lead_html(about)}</p>',
             f'<div class="verdict {status}"><b class="{status}">{status}</b>',
             f"<ul>{reasons}</ul>" if reasons else "Every rule was checked and none failed.", "</div>",
-            f"<dl>{facts}</dl>", overview_html(found),
+            f"<dl>{facts_html(about)}</dl>", overview_html(found),
             *(section_html(finding) for finding in sorted(found, key=lambda one: ORDER.index(one["status"])))]
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    title = words(f"{about.get('name') or about.get('record')}: {status}")
-    return template.replace("{{title}}", title).replace("{{body}}", "\n".join(body))
+    parts = {"title": words(f"{name}: {status}"), "body": "\n".join(body)}
+    return re.sub(r"{{(title|body)}}", lambda match: parts[match[1]], template)  # once: words may look like a mark
