@@ -25,7 +25,6 @@ from tools.logs import Log
 from tools.record_page import as_variable
 from tools.referee.case import Case, config_of
 from tools.referee.claims import NOT_IN_CONFIG_SHA
-from tools.referee.files import EXPORT_SECONDS
 from tools.referee.measure import here
 from tools.referee.rules import RULES, Skip
 from tools.referee.sandbox import Act, Box, Broken, Session, isolation
@@ -159,7 +158,7 @@ def prepare(case: Case, longest: float) -> ShortRun:
 
 def watch(box: Box, run: ShortRun, shards: Shards) -> None:
     """Stamp every line of a run until it has ended, and take its data away when time is up; Broken says how."""
-    export_seconds = RULES["P10"]["limit"].get("export_seconds", EXPORT_SECONDS)
+    export_seconds = RULES["P10"]["limit"]["export_seconds"]
     deadline = box.started + START_SECONDS
     while (left := deadline - time.monotonic()) > 0:
         line = box.line(left).decode(errors="replace")

@@ -5,7 +5,7 @@ import re
 from itertools import accumulate, pairwise
 
 from tools.referee.case import RESULT, Case, mistyped
-from tools.referee.files import EXPORT_SECONDS, PHASES
+from tools.referee.files import PHASES
 from tools.referee.rules import RULES, Found, Skip, Table, check
 from tools.referee.short_run import FEWEST_STEPS, PHASE, ShortRun, Step, short_run, steps_of
 from tools.untrusted import read_text, text
@@ -83,7 +83,7 @@ def supervised_clock(case: Case) -> Found:
     run, limit = short_run(case), RULES["P10"]["limit"]
     if not run.steps:
         raise Skip("the referee's own run did not get as far as a step")
-    slack, export_seconds = limit["clock_seconds"], limit.get("export_seconds", EXPORT_SECONDS)
+    slack, export_seconds = limit["clock_seconds"], limit["export_seconds"]
     problems = slow_clock(run, slack) + after_the_bell(run, slack)
     problems += [late] if (late := read_late(run)) else []
     if run.stored is not None and not run.stored - run.training_over <= export_seconds:
