@@ -358,6 +358,6 @@ def test_wrong_usage_ends_with_status_two(capsys, words):
 
 
 def test_command_compares_bare_scores():
-    words = [sys.executable, "-W", "error", "-m", "tools.stats", "--scores", "1.21,1.22,1.20"]
+    words = [sys.executable, "-W", "error::RuntimeWarning", "-m", "tools.stats", "--scores", "1.21,1.22,1.20"]
     done = subprocess.run([*words, "--against-scores", "1.25,1.24,1.26"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "\nrecord: " in done.stdout and "paired" not in done.stdout
