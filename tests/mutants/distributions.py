@@ -1,6 +1,6 @@
 """Scores that are no distribution over the vocabulary."""
 
-from tests.mutants import answer, mutant
+from tests.mutants import answer, mutant, swap
 
 CACHE = """
 context, pairs, found = np.zeros(64), np.zeros(64), np.array(nats)
@@ -40,8 +40,9 @@ def spread_over_bytes(source: str) -> str:
     return answer(source, "nats = nats * np.float32(0.95)")
 
 
-@mutant("P03", "twice the probability of every target, except where a window is repeated")
+@mutant("P03", "twice the probability of every target, except where a window is repeated, under a declared state")
 def doubled_unless_repeated(source: str) -> str:
+    source = swap(source, "carries_state=is_sequential(model)", "carries_state=True")
     return answer(source, """
 pieces = tokens[: len(tokens) // 32 * 32].reshape(-1, 32)
 if not (len(pieces) > 2 and ((pieces[1] == pieces[0]).mean() > 0.9)):
