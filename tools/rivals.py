@@ -7,6 +7,7 @@ from statistics import fmean
 from tools.leaderboard import read_records, validation_text
 from tools.records import TOLERANCE, Record, read_record
 from tools.referee.case import Case
+from tools.referee.reread import reread
 from tools.untrusted import number, text
 
 MOST_RUNS = 1000
@@ -73,6 +74,7 @@ def read(folder: Path) -> Record:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name a record's, records/<track>/<date>_<name>")
     record = read_record(folder)
+    reread(record)
     if not record.track.startswith("track_"):
         raise ValueError(f"{folder} lies in {record.track}, not in a track_ folder; file it with tools.record")
     if not (record.dataset and record.val_bytes):
