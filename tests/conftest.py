@@ -73,6 +73,14 @@ def data(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> Path:
     return write_bytes_data(tmp_path_factory.mktemp("data") / "topics_bytes", text[:300_000], text[300_000:310_000])
 
 
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs and the record lie that the tests of records and of the referee share."""
+    folder = tmp_path_factory.getbasetemp() / "packed_runs"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def environment(settings: dict) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     return kept | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in settings.items()}

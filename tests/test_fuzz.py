@@ -124,13 +124,6 @@ def private_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.getbasetemp() / "packed_runs"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.fixture
 def record(data: Path, workshop: Path, tmp_path: Path) -> Path:
     honest = filed_record(data, workshop)

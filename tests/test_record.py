@@ -48,13 +48,6 @@ def file_runs(script: Path, runs: list[Path], out: Path, *more: str, name: str =
     return record.main([*map(str, runs), "--script", str(script), *words, *more])
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.getbasetemp() / "packed_runs"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.fixture
 def copied(data: Path, workshop: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
     """A script and its two runs, free to be spoiled."""

@@ -17,10 +17,8 @@ from tools.referee.code import Unreadable, readable
 
 
 @pytest.fixture
-def record(data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def record(data: Path, tmp_path: Path, workshop: Path) -> Path:
     """A record that is free to be spoilt."""
-    workshop = tmp_path_factory.getbasetemp() / "packed_runs"
-    workshop.mkdir(exist_ok=True)
     honest = filed_record(data, workshop)
     return Path(shutil.copytree(honest, tmp_path / honest.parent.name / honest.name))
 

@@ -17,10 +17,8 @@ FILE_RULES = ("P07", "P10", "P11", "P12", "P13", "P14", "P16", "P17", "P22", "P2
 
 
 @pytest.fixture
-def record(data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def record(data: Path, tmp_path: Path, workshop: Path) -> Path:
     """A record that is free to be spoilt."""
-    workshop = tmp_path_factory.getbasetemp() / "packed_runs"
-    workshop.mkdir(exist_ok=True)
     honest = filed_record(data, workshop)
     return Path(shutil.copytree(honest, tmp_path / honest.parent.name / honest.name))
 

@@ -35,10 +35,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 @pytest.fixture
-def case(data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, judged: Data) -> Case:
+def case(data: Path, tmp_path: Path, workshop: Path, judged: Data) -> Case:
     """An honest record, free to be spoilt, before a judge with this validation text."""
-    workshop = tmp_path_factory.getbasetemp() / "packed_runs"
-    workshop.mkdir(exist_ok=True)
     return Case(Path(shutil.copytree(filed_record(data, workshop), tmp_path / "record")), judged)
 
 

@@ -26,9 +26,7 @@ INIT = "        self.compute_dtype = torch.float32"
 
 
 @pytest.fixture(scope="module")
-def honest(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workshop = tmp_path_factory.getbasetemp() / "packed_runs"
-    workshop.mkdir(exist_ok=True)
+def honest(data: Path, workshop: Path) -> Path:
     return filed_record(data, workshop)
 
 

@@ -15,10 +15,8 @@ from tools.referee.rules import RULES
 
 
 @pytest.fixture
-def filed(data, tmp_path_factory, tmp_path) -> Path:
+def filed(data, workshop, tmp_path) -> Path:
     """A record of the kit in a folder of records, free to be spoilt."""
-    workshop = tmp_path_factory.getbasetemp() / "packed_runs"
-    workshop.mkdir(exist_ok=True)
     record = filed_record(data, workshop)
     return Path(shutil.copytree(record, tmp_path / "records" / record.parent.name / record.name))
 

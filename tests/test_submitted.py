@@ -138,9 +138,7 @@ def test_record_that_is_not_one_fails_by_its_rules_and_nothing_of_a_stranger_is_
     assert all(line.replace("\\|", "").count("|") == 5 for line in summary.splitlines() if line.startswith("|"))
 
 
-def test_honest_record_passes_by_the_kits_own_referee(data, tmp_path_factory, tmp_path, monkeypatch, capsys):
-    workshop = tmp_path_factory.getbasetemp() / "packed_runs"
-    workshop.mkdir(exist_ok=True)
+def test_honest_record_passes_by_the_kits_own_referee(data, workshop, tmp_path, monkeypatch, capsys):
     filed = filed_record(data, workshop)
     shutil.copytree(filed, f"{TRACK}/{filed.name}")
     commit()

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import stdev
 
 from tools.logs import ROUNDTRIP, Log
-from tools.records import Record
 from tools.referee.logs_folder import Folder, found, read_folder, skipped
 from tools.referee.logs_numbers import eval_clock, identity, size, train_clock, wrapper
 from tools.referee.rules import MALFORMED, RULES, Finding, Table
@@ -50,12 +49,12 @@ def layout(folder: Folder) -> Finding:
     return found("P14", f"{len(there)} file(s), {len(folder.logs)} log(s)", problems)
 
 
-def of_rule(record: Record, rule: str, lines: list[str]) -> list[str]:
+def of_rule(rule: str, lines: list[str]) -> list[str]:
     return [line.removeprefix(f"{rule} ") for line in lines if line.startswith(rule)]
 
 
 def logs(folder: Folder) -> Finding:
-    problems, exact, holds = of_rule(folder.record, "P16", folder.record.problems), {}, []
+    problems, exact, holds = of_rule("P16", folder.record.problems), {}, []
     for log in folder.logs:
         final = (log.val_loss, log.val_bpb)
         if log.score_rank >= ROUNDTRIP and log.val_loss and final in exact and round(log.val_bpb, 5) != log.val_bpb:
@@ -74,7 +73,7 @@ def logs(folder: Folder) -> Finding:
 
 def statistics(folder: Folder) -> Finding:
     record = folder.record
-    problems = of_rule(record, "P17", [*record.problems, *record.notes])
+    problems = of_rule("P17", [*record.problems, *record.notes])
     if record.val_bpb is None:
         return skipped("P17", "nothing states a score")
     if not folder.logs and not problems:
