@@ -93,6 +93,7 @@ class RunConfig:
     eval_stride: int = 0  # 0 = windows side by side; n = slide by n, score the last n of each window
     val_batch_size: int | None = None  # tokens scored at once on a rank; by the device
     val_max_tokens: int | None = None  # score only the beginning; the result is then marked partial
+    quick_score: bool = False  # for studies: score the artifact alone, on CPU too in bf16 and compiled, as training is
 
     device: str | None = None  # cuda, mps or cpu; the first there is
     bf16: bool | None = None  # activations in bf16; where a short race says that it is fast
@@ -176,11 +177,17 @@ class Machine:
     world_size: int = 1
     dtype: torch.dtype = torch.float32
     compile: bool = False
+    quick_score: bool = False
 
     @property
     def lag(self) -> int:
         """Steps that may be in flight before the host waits: one on CUDA, so that the queue never runs dry."""
         return int(self.device.type == "cuda")
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Number format in which this run's own scores are computed."""
+        return self.dtype if self.quick_score else score_dtype(self.device)
 
     def sum(self, values: Tensor) -> Tensor:
         """values added up over the ranks, in place."""
@@ -245,7 +252,7 @@ def make_machine(run: RunConfig) -> Machine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    machine = Machine(device)
+    machine = Machine(device, quick_score=run.quick_score)
     if "RANK" in os.environ:
         cuda = device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -522,7 +529,7 @@ def score_stream(
     alone = is_sequential(model)
     rows = 1 if alone else score_rows(plan, batch_tokens, machine.device)
     # Not on CPU: a compiled sum may differ in its last bits from that of a process that does not compile.
-    compiled = machine.compile and machine.device.type == "cuda" and not alone
+    compiled = machine.compile and (machine.device.type == "cuda" or machine.quick_score) and not alone
     nats_of = torch.compile(model.nats, dynamic=False) if compiled else model.nats
     windows = plan.windows(num_targets)
     head = [w for w in windows if w[1] == 0]  # with a stride, the first window alone scores all of its targets
@@ -1231,6 +1238,8 @@ def verdict(result: dict, vocab_size: int) -> list[str]:
         reasons.append(f"time: trained {result['train_seconds']:.3f} s of {result['cap_seconds']} s")
     if not result["val_bpb"] < math.log2(vocab_size) * result["val_tokens"] / result["val_bytes"]:
         reasons.append(f"score: {result['val_bpb']} is no better than the uniform distribution")
+    if result["quick_score"]:
+        reasons.append("quick: QUICK_SCORE=1 scored in the number format of training")
     if result["partial"]:
         reasons.append("partial: VAL_MAX_TOKENS left part of the validation text unscored")
     return reasons
@@ -1325,7 +1334,7 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     def validate() -> Score:
         """The score of the weights in memory, in the number format of the final score."""
         model.eval()
-        model.compute_dtype = score_dtype(machine.device)
+        model.compute_dtype = machine.score_dtype
         fill_generated(model)
         found = score(model, val_tokens, val_bytes, plan, machine, run.val_batch_size)
         model.compute_dtype = machine.dtype
@@ -1339,8 +1348,9 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     val_seconds = time_validation(validate, machine) if run.val_loss_every else 0.0
     log.phase("train")
     outcome = train(trainer, loader, validate, step_seconds, val_seconds, log)
-    before = validate()
-    log_score(log, f"step:{outcome.steps}/{run.iterations}", before, outcome)
+    before = None if run.quick_score else validate()
+    if before:
+        log_score(log, f"step:{outcome.steps}/{run.iterations}", before, outcome)
 
     log.phase("export")
     settings = (arch, dataset.tokenizer_sha256, plan, outcome.progress, run.quant_bits)
@@ -1348,12 +1358,15 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     log.phase("score")
     began = time.perf_counter()
     reloaded, plan, _ = load_artifact(blob, machine.device)
+    reloaded.compute_dtype = machine.score_dtype
     after = score(reloaded, val_tokens, val_bytes, plan, machine, run.val_batch_size)
     score_seconds = round(time.perf_counter() - began, 3)
     log.phase(None)
 
     result = dict(arch=arch, val_loss=after.val_loss, val_bpb=after.val_bpb) | asdict(after)
-    result |= dict(pre_quant_val_loss=before.val_loss, pre_quant_val_bpb=before.val_bpb, partial=partial)
+    if before:
+        result |= dict(pre_quant_val_loss=before.val_loss, pre_quant_val_bpb=before.val_bpb)
+    result |= dict(partial=partial, quick_score=run.quick_score)
     result |= dict(score_seconds=score_seconds, eval_seq_len=plan.seq_len, eval_stride=plan.stride)
     result |= dict(bytes_code=sum(f.stat().st_size for f in code_files()), bytes_model=len(blob))
     result |= dict(bytes_total=result["bytes_code"] + len(blob), artifact_sha256=hashlib.sha256(blob).hexdigest())
@@ -1361,7 +1374,7 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     result["invalid_reasons"] = verdict(result, model_config.vocab_size)
     result["valid"] = not result["invalid_reasons"]
     log_result(log, result, run.quant_bits)
-    return 0 if result["valid"] or partial else 3
+    return 0 if result["valid"] or partial or run.quick_score else 3
 
 
 def serve(artifact: str) -> int:

@@ -216,6 +216,14 @@ def test_an_artifact_over_the_cap_makes_the_run_invalid(data, tmp_path, monkeypa
     assert not result["valid"] and "size:" in result["invalid_reasons"][0]
 
 
+def test_a_quick_score_is_that_of_the_artifact_alone_and_no_record(data, tmp_path):
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, BF16=1)
+    quick, slow = (result_of(run_script(settings | dict(RUN_ID=f"q{q}", QUICK_SCORE=q))) for q in (1, 0))
+    assert "pre_quant_val_bpb" in slow and "pre_quant_val_bpb" not in quick
+    assert quick["val_bpb"] == pytest.approx(slow["val_bpb"], abs=0.01)
+    assert quick["val_bpb"] != slow["val_bpb"] and not quick["valid"]
+
+
 def test_a_partial_score_is_marked(data, tmp_path):
     result = result_of(run_script(TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, VAL_MAX_TOKENS=500)))
     assert result["partial"] and not result["valid"] and result["val_tokens"] == result["val_bytes"] == 500
