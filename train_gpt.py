@@ -81,12 +81,15 @@ class RunConfig:
     scalar_lr: float = 0.04
     muon_momentum: float = 0.95
     muon_backend_steps: int = 5
+    muon_polynomial: str = "polar"  # express; "jordan": upstream's fixed coefficients
     muon_momentum_warmup_start: float = 0.85
     muon_momentum_warmup_steps: int = 500
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip_norm: float = 0.0  # 0 = off
+    ema_decay: float = 0.0  # of an average of the weights, which is then what is stored; 0 = off, else near 0.99
+    ema_start: float = 0.6  # fraction of the run at which the average begins
 
     quant_bits: int = 8  # of matrices and embeddings in the artifact, 4 to 8
     eval_seq_len: int | None = None  # TRAIN_SEQ_LEN
@@ -113,8 +116,11 @@ class RunConfig:
             raise ValueError(f"QUANT_BITS={self.quant_bits} must be 4, 5, 6, 7 or 8")
         if self.schedule not in ("time", "steps"):
             raise ValueError(f"SCHEDULE={self.schedule} must be time or steps")
-        if not 0 <= self.warmdown_max_fraction <= 1:
-            raise ValueError(f"WARMDOWN_MAX_FRACTION={self.warmdown_max_fraction} must be between 0 and 1")
+        if self.muon_polynomial not in MUON_POLYNOMIALS:
+            raise ValueError(f"MUON_POLYNOMIAL={self.muon_polynomial} must be {' or '.join(MUON_POLYNOMIALS)}")
+        for name in ("warmdown_max_fraction", "ema_decay", "ema_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name.upper()}={getattr(self, name)} must be between 0 and 1")
 
     @property
     def cap_seconds(self) -> float:
@@ -608,12 +614,29 @@ def parameter_groups(model: LanguageModel) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def orthogonalize(x: Tensor, steps: int) -> Tensor:
-    """x (n, R, C), R <= C, each matrix with its singular values pushed towards 1 by Newton-Schulz (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon/)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+# (a, b, c) of each step x <- a x + b x^3 + c x^5, the last repeated: Jordan et al. 2024 (https://kellerjordan.github.io
+# /posts/muon/), the same in every step; Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932), the best
+# for what the steps before have left, for singular values from 0.001 up.
+MUON_POLYNOMIALS = {
+    "jordan": [(3.4445, -4.7750, 2.0315)],
+    "polar": [
+        (8.287212, -23.595887, 17.300387),
+        (4.107059, -2.947850, 0.544843),
+        (3.948691, -2.908902, 0.551819),
+        (3.318420, -2.488488, 0.510049),
+        (2.300652, -1.668904, 0.418807),
+        (1.875, -1.25, 0.375),
+    ],
+}
+
+
+def orthogonalize(x: Tensor, steps: int, polynomial: str) -> Tensor:
+    """x (n, R, C), R <= C, each matrix with its singular values pushed towards 1."""
+    coefficients = MUON_POLYNOMIALS[polynomial]
+    margin = 1.01 if polynomial == "polar" else 1.0  # rounding must not lift a singular value over 1, where it explodes
+    x = x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
@@ -625,9 +648,9 @@ class Muon:
     Matrices are laid on their side where that makes shapes equal; each rank orthogonalises its part of a batch.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, backend_steps: int, machine: Machine):
-        self.base_lr = self.lr = lr
-        self.momentum, self.backend_steps, self.machine = 0.95, backend_steps, machine
+    def __init__(self, params: list[nn.Parameter], run: RunConfig, machine: Machine):
+        self.base_lr = self.lr = run.matrix_lr
+        self.momentum, self.how, self.machine = 0.95, (run.muon_backend_steps, run.muon_polynomial), machine
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if machine.compile else orthogonalize
         self.batches: dict[tuple[int, int], list[nn.Parameter]] = {}
         for p in params:
@@ -658,10 +681,10 @@ class Muon:
         """orthogonalize(x), each rank doing its share of the batch."""
         world = self.machine.world_size
         if world == 1:
-            return self.orthogonalize(x, self.backend_steps)
+            return self.orthogonalize(x, *self.how)
         share = -(-len(x) // world)
         padded = torch.cat((x, x.new_zeros(share * world - len(x), *x.shape[1:])))
-        mine = self.orthogonalize(padded[self.machine.rank * share :][:share], self.backend_steps)
+        mine = self.orthogonalize(padded[self.machine.rank * share :][:share], *self.how)
         parts = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(parts, mine.contiguous())
         return torch.cat(parts)[: len(x)]
@@ -676,8 +699,23 @@ class Optimizers:
         rates = {"embed": embed_lr, "head": run.head_lr, "scalar": run.scalar_lr}
         adam = [dict(params=groups[name], lr=lr, base_lr=lr) for name, lr in rates.items() if groups[name]]
         self.adam = torch.optim.Adam(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
-        self.muon = Muon(groups["matrix"], run.matrix_lr, run.muon_backend_steps, machine)
+        self.muon = Muon(groups["matrix"], run, machine)
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.average: list[Tensor] = []
+
+    @torch.no_grad()
+    def follow(self, fraction: float) -> None:
+        """Move the average of the weights towards them; it begins as they are at EMA_START of the run."""
+        if not self.run.ema_decay or fraction < self.run.ema_start:
+            return
+        if not self.average:
+            self.average = [p.clone() for p in self.params]
+        torch._foreach_lerp_(self.average, self.params, 1 - self.run.ema_decay)
+
+    def install_average(self) -> None:
+        """Put the average in the weights' place. Nothing is computed: it may happen when the time is up."""
+        for p, mean in zip(self.params, self.average, strict=False):
+            p.data = mean
 
     def step(self, step: int, lr_scale: float) -> None:
         """Apply the gradients of the given step at lr_scale times the base rates, and drop them."""
@@ -1121,6 +1159,7 @@ def train(
             outcome.progress = schedule.fraction(step)
             model.on_progress(outcome.progress)
             report = trainer.train_step(next(batches), step, schedule.lr_scale(step), votes)
+            trainer.optimizers.follow(outcome.progress)
             pending.append((step, Report(report)))
             while len(pending) > machine.lag:
                 stop = finish() or stop
@@ -1132,6 +1171,7 @@ def train(
                 last = time.perf_counter()
         while pending:
             finish()
+        trainer.optimizers.install_average()
         batches.close()
         outcome.interrupted = interrupt.since is not None
     if outcome.steps < run.iterations:

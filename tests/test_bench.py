@@ -97,7 +97,7 @@ def test_step_measures_every_choice_and_says_which_is_the_kits():
 
 
 def test_step_refuses_to_compare_two_different_steps(monkeypatch):
-    monkeypatch.setattr("tools.plain_step.newton_schulz", lambda matrix, steps: 100 * matrix.sign())
+    monkeypatch.setattr("tools.plain_step.newton_schulz", lambda matrix, steps, polynomial: 100 * matrix.sign())
     with pytest.raises(ValueError, match="is another step"):
         measure_step(*read_settings(SHAPE | {"COMPILE": "0", "BF16": "0"}), rounds=1)
 

@@ -25,8 +25,21 @@ def test_every_parameter_is_in_exactly_one_group():
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (1, 8, 100)])
 def test_orthogonalised_updates_have_singular_values_near_one(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(train_gpt.orthogonalize(x, 10))
+    values = torch.linalg.svdvals(train_gpt.orthogonalize(x, 10, "jordan"))
     assert values.min() > 0.5 and values.max() < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_five_steps_of_polar_express_reach_singular_values_that_five_of_jordan_s_do_not(dtype):
+    u, _, v = torch.linalg.svd(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    x = ((u * torch.logspace(0, -2, 64)) @ v)[None].to(dtype)
+    polar, jordan = (torch.linalg.svdvals(train_gpt.orthogonalize(x, 5, p).float()) for p in ("polar", "jordan"))
+    assert (polar - 1).abs().max() < 0.16 < 0.3 < (jordan - 1).abs().max()
+    rank_one = torch.outer(torch.ones(64), torch.ones(128))[None].to(dtype)  # its first singular value is its norm
+    assert 0.8 < torch.linalg.svdvals(train_gpt.orthogonalize(rank_one, 5, "polar").float())[0, 0] < 1.2
+
+
+JORDAN = dataclasses.replace(train_gpt.RunConfig(), matrix_lr=0.1, muon_polynomial="jordan")
 
 
 def looped_muon_update(p: torch.Tensor, buffer: torch.Tensor, lr: float, momentum: float) -> None:
@@ -48,7 +61,7 @@ def test_batched_muon_equals_one_matrix_at_a_time():
     ours = [nn.Parameter(torch.randn(s)) for s in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     stack = nn.Parameter(torch.stack([theirs[0].detach(), theirs[4].detach()]))  # a stack is as many matrices
-    muon, buffers = train_gpt.Muon([*ours, stack], 0.1, 5, CPU), [torch.zeros(s) for s in shapes]
+    muon, buffers = train_gpt.Muon([*ours, stack], JORDAN, CPU), [torch.zeros(s) for s in shapes]
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = q.grad = torch.randn(p.shape)
@@ -191,3 +204,24 @@ def test_gradients_are_clipped_to_the_norm():
     trainer.optimizers.adam.param_groups[0]["eps"] = 1.0  # Adam undoes the scale of a gradient that dwarfs eps
     trainer.train_step(some_tokens(4, 65), 0, 1.0, lambda: [0.0, 0.0, 0.0])
     assert (model.embed.weight - before).abs().max() < 1e-8
+
+
+def test_the_average_of_the_weights_is_that_of_its_steps_and_takes_their_place():
+    run = train_gpt.RunConfig(ema_decay=0.5, ema_start=0.5)
+    trainer = train_gpt.Trainer(tiny("gpt"), run, CPU, micro_batches=1)
+    seen = []
+    for step in range(4):
+        trainer.train_step(some_tokens(4, 65), step, 1.0, lambda: [0.0, 0.0, 0.0])
+        trainer.optimizers.follow(step / 4)
+        seen.append(trainer.model.embed.weight.detach().clone())
+    trainer.optimizers.install_average()
+    torch.testing.assert_close(trainer.model.embed.weight.detach(), (seen[2] + seen[3]) / 2)
+    assert not torch.equal(trainer.model.embed.weight, seen[3])
+
+
+def test_without_an_average_the_weights_stay():
+    trainer = train_gpt.Trainer(tiny("gpt"), train_gpt.RunConfig(), CPU, micro_batches=1)
+    before = trainer.model.embed.weight.data_ptr()
+    trainer.optimizers.follow(1.0)
+    trainer.optimizers.install_average()
+    assert trainer.model.embed.weight.data_ptr() == before

@@ -16,20 +16,30 @@ from torch import Tensor, nn
 
 from architectures import load_architecture, names
 from architectures.layers import LanguageModel, ModelConfig, is_control
-from train_gpt import Machine, RunConfig, Trainer, compile_pays, from_env, make_machine, micro_batch_count
+from train_gpt import (
+    MUON_POLYNOMIALS,
+    Machine,
+    RunConfig,
+    Trainer,
+    compile_pays,
+    from_env,
+    make_machine,
+    micro_batch_count,
+)
 
 COMPILED_GRAPHS = 256  # of one function by all models here; beyond its own limit torch goes on uncompiled
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-3, 5e-3  # of a loss, relative
 LAP_SECONDS = 0.5
 
 
-def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
+def newton_schulz(matrix: Tensor, steps: int, polynomial: str = "jordan") -> Tensor:
     """The matrix (R, C), singular values near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
-    x = matrix / (matrix.norm() + 1e-7)
+    x = matrix / ((1.01 if polynomial == "polar" else 1.0) * matrix.norm() + 1e-7)
     x = x.T if matrix.size(0) > matrix.size(1) else x
-    for _ in range(steps):
+    table = MUON_POLYNOMIALS[polynomial]
+    for a, b, c in [*table, *steps * table[-1:]][:steps]:
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 
@@ -78,7 +88,7 @@ class PlainStep:
             moved = p.grad + momentum * self.buffers[p]
             for weight, update in zip(p.reshape(-1, *p.shape[-2:]), moved.reshape(-1, *p.shape[-2:]), strict=True):
                 scale = max(1.0, weight.size(0) / weight.size(1)) ** 0.5
-                weight.sub_(run.matrix_lr * scale * newton_schulz(update, run.muon_backend_steps))
+                weight.sub_(run.matrix_lr * scale * newton_schulz(update, run.muon_backend_steps, run.muon_polynomial))
 
 
 def interleave(laps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
