@@ -12,6 +12,7 @@ import difflib
 import gc
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -42,7 +43,7 @@ from torch import Tensor, nn  # noqa: E402
 
 # BEGIN KIT IMPORT: tools.pack puts the files themselves in place of these lines.
 from architectures import load_architecture  # noqa: E402
-from architectures.layers import LanguageModel, ModelConfig, is_control  # noqa: E402
+from architectures.layers import LanguageModel, ModelConfig, causal_attention, is_control  # noqa: E402
 
 # END KIT IMPORT
 
@@ -268,6 +269,60 @@ def make_machine(run: RunConfig) -> Machine:
         dist.broadcast(fast, 0)  # the race may end differently on another rank
     machine.dtype = torch.bfloat16 if fast.item() else torch.float32
     return machine
+
+
+def attention_kernels(device: torch.device) -> dict[str, Callable[[], None]]:
+    """The attention kernels worth a race on this device, by name: functions that leave PyTorch with that one alone."""
+    if device.type != "cuda":
+        return {}
+
+    def only(flash: bool, version: str | None) -> None:
+        torch.backends.cuda.enable_flash_sdp(flash)
+        torch.backends.cuda.enable_cudnn_sdp(not flash)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        if version:
+            torch.nn.attention.activate_flash_attention_impl(version)
+        elif flash:
+            torch.nn.attention.restore_flash_attention_impl()
+
+    kernels = {"flash": lambda: only(True, None), "cudnn": lambda: only(False, None)}
+    if importlib.util.find_spec("flash_attn_interface"):  # the package of FlashAttention 3
+        kernels["flash3"] = lambda: only(True, "FA3")
+    return kernels
+
+
+def race(kernels: dict[str, Callable[[], None]], work: Callable[[], Tensor]) -> dict[str, float]:
+    """Milliseconds of work() after each kernel's switch, the least of ten; a kernel that refuses is left out."""
+    found = {}
+    for name, switch in kernels.items():
+        try:
+            switch()
+            laps = []
+            for _ in range(10):
+                start = time.perf_counter()
+                work().sum().item()  # waits for the device
+                laps.append(1000 * (time.perf_counter() - start))
+            found[name] = min(laps)
+        except (RuntimeError, ImportError, ValueError):
+            continue
+    return found
+
+
+def choose_attention(config: ModelConfig, machine: Machine, rows: int) -> str:
+    """Leave PyTorch with the attention kernel that is fastest, forward and backward, at this shape; what was found."""
+    kernels = attention_kernels(machine.device)
+    if not kernels or machine.dtype != torch.bfloat16:
+        return "PyTorch's choice"
+    shapes = [(rows, heads, config.train_seq_len, config.head_dim) for heads in (config.num_heads, config.num_kv_heads)]
+    q, k, v = (
+        torch.randn(shape, device=machine.device, dtype=machine.dtype, requires_grad=True)
+        for shape in (shapes[0], shapes[1], shapes[1])
+    )
+    found = race(kernels, lambda: torch.autograd.grad(causal_attention(q, k, v).sum(), (q, k, v))[0])
+    order = torch.tensor([found.get(name, math.inf) for name in kernels], device=machine.device)
+    name = list(kernels)[int(machine.sum(order).argmin())]  # the same on every rank
+    kernels[name]()
+    return f"{name} ({', '.join(f'{kernel} {ms:.2f}ms' for kernel, ms in found.items())})"
 
 
 def hardware_name(machine: Machine) -> str:
@@ -1370,6 +1425,7 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     if machine.world_size > 1:  # ranks share the weights, not what a loss draws at random
         torch.manual_seed(run.seed + machine.rank)
     announce(log, model, machine, loader, why)
+    log(f"attention:{choose_attention(model_config, machine, loader.rows // machine.world_size // micro_batches)}")
 
     def validate() -> Score:
         """The score of the weights in memory, in the number format of the final score."""

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, TINY, environment, result_of, run_script, sys, write_bytes_data, write_shard
 
 import train_gpt
+from architectures.layers import causal_attention
 
 CPU = train_gpt.Machine(torch.device("cpu"))
 
@@ -224,6 +225,28 @@ def test_a_quick_score_is_that_of_the_artifact_alone_and_no_record(data, tmp_pat
     assert quick["val_bpb"] != slow["val_bpb"] and not quick["valid"]
 
 
+def test_the_race_of_attention_kernels_times_each_and_leaves_out_what_refuses():
+    q = torch.randn(2, 2, 512, 32)
+    flash, math_ = torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_math_sdp
+
+    def only(fast: bool) -> None:
+        flash(fast)
+        math_(not fast)
+
+    def refuse() -> None:
+        raise RuntimeError("no such kernel")
+
+    try:
+        found = train_gpt.race(
+            {"flash": lambda: only(True), "refused": refuse, "math": lambda: only(False)},
+            lambda: causal_attention(q, q, q),
+        )
+    finally:
+        flash(True)
+        math_(True)
+    assert list(found) == ["flash", "math"] and 0 < found["flash"] < found["math"]
+
+
 def test_a_partial_score_is_marked(data, tmp_path):
     result = result_of(run_script(TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, VAL_MAX_TOKENS=500)))
     assert result["partial"] and not result["valid"] and result["val_tokens"] == result["val_bytes"] == 500
@@ -287,9 +310,7 @@ def test_damaged_data_is_named(text, tmp_path, monkeypatch, capsys):
     assert "its header promises 11026" in refused(train, kept[train][:-2])
     assert "is not a token shard" in refused(train, b"\0" * 2000)
     assert "is not the file that manifest.json describes" in refused(val, kept[val][:-1] + b"\1")
-    assert "is not the tokenizer of" in refused(
-        folder / "tokenizer.json", kept[folder / "tokenizer.json"] + b" "
-    )
+    assert "is not the tokenizer of" in refused(folder / "tokenizer.json", kept[folder / "tokenizer.json"] + b" ")
 
 
 def test_shards_that_the_manifest_does_not_list_are_not_read(text, tmp_path):
