@@ -103,14 +103,14 @@ def test_step_refuses_to_compare_two_different_steps(monkeypatch):
 
 
 def test_archs_sets_every_architecture_beside_gpt(tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.plain_step.names", lambda: ["gpt", "broken"])
     for name, value in (SHAPE | {"COMPILE": "0", "BF16": "0"}).items():
         monkeypatch.setenv(name, value)
-    assert bench.main(["archs", "--rounds", "1", "--out", str(tmp_path)]) == 1
+    assert bench.main(["--archs", "gpt,gqt", "--rounds", "1", "--out", str(tmp_path)]) == 1
     rows = json.loads(next(tmp_path.glob("archs_*.json")).read_text())["rows"]
     plain, *_ = both_steps()
     assert rows[0]["params"] == sum(p.numel() for p in plain.parameters())
-    assert "broken" in rows[1]["error"]
+    assert rows[0]["stored_bytes"] > rows[0]["params"] and rows[0]["mflop_per_token"] > 0 and rows[0]["peak_mb"] > 0
+    assert "ARCH=gqt is not a file" in rows[1]["error"]
 
 
 def test_a_capped_run_is_measured_in_unused_steps(tmp_path):

@@ -2,6 +2,7 @@
 
     python -m tools.bench                            step: tokens per second against a plain fp32 step, choice by choice
     python -m tools.bench archs|startup|prepare|cap  every architecture; start-up and failures; tokenizing; the clock
+    python -m tools.bench --archs ti_mlp,ti_ssm      some: parameters, bytes, step time beside gpt's, memory, operations
     python -m tools.bench --against SCRIPT           another script that reads upstream's variables, in turns with ours
     BF16=0 python -m tools.bench --layers 9 --dim 512 --heads 8 --kv-heads 4 --seq-len 1024 --tokens 65536
 
@@ -32,8 +33,9 @@ from architectures import load_architecture
 from data.prepare import benchmark, parse_options, prepare
 from data.sources import Source
 from data.tokenizers import train_tokenizer
+from tools.costs import measure_archs
 from tools.logs import Log, read_log
-from tools.plain_step import compare, interleave, measure_archs, measure_step, table
+from tools.plain_step import compare, interleave, measure_step, table
 from train_gpt import Machine, RunConfig, hardware_name, pick_device, read_settings, save_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,6 +204,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=sorted(ROUNDS.keys() - {"against"}), default="step")
     parser.add_argument("--against", type=Path, metavar="SCRIPT")
+    parser.add_argument("--archs", metavar="A,B", help="the part archs, for these architectures alone, or all")
     parser.add_argument("--rounds", type=int, metavar="N", help=f"default {ROUNDS}; of cap: runs")
     parser.add_argument("--data", dest="DATA_PATH", metavar="FOLDER", help="for cap and --against")
     parser.add_argument("--documents", type=Path, metavar="JSONL", help="for prepare; default Python's documentation")
@@ -214,7 +217,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
-    part = "against" if options.against else options.part
+    part = "against" if options.against else "archs" if options.archs else options.part
+    archs = None if options.archs in (None, "all") else options.archs.split(",")
     rounds = options.rounds or ROUNDS[part]
     given = {name: value for name, value in vars(options).items() if name.isupper() and value}
     env = ({} if options.against else dict(SHAPE.values())) | os.environ | given
@@ -231,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
 
         parts = {
             "step": lambda: measure_step(*read_settings(env), rounds),
-            "archs": lambda: measure_archs(env, rounds),
+            "archs": lambda: measure_archs(env, rounds, archs),
             "startup": lambda: measure_startup(env, rounds),
             "prepare": lambda: measure_prepare(options.documents, rounds),
             "against": lambda: measure_against(options.against, env, rounds),

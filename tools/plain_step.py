@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from architectures import load_architecture, names
+from architectures import load_architecture
 from architectures.layers import LanguageModel, ModelConfig, is_control
 from train_gpt import (
     MUON_POLYNOMIALS,
@@ -22,7 +22,6 @@ from train_gpt import (
     RunConfig,
     Trainer,
     compile_pays,
-    from_env,
     make_machine,
     micro_batch_count,
 )
@@ -223,37 +222,3 @@ def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) ->
     ]
     settings = dict(arch=arch, train_batch_tokens=run.train_batch_tokens, steps_per_lap=steps, **asdict(config))
     return dict(settings=settings, raw_seconds_per_step=seconds, losses=losses, rows=rows, notes=notes, ok=True)
-
-
-def measure_archs(env: dict[str, str], rounds: int) -> dict:
-    """Parameters, step time and memory of every architecture, each in turns with gpt."""
-    run = from_env(RunConfig, env)
-    machine = chosen_machine(run)
-    on_cuda = machine.device.type == "cuda"
-
-    def stepper(arch: str) -> Stepper:
-        Model, Config = load_architecture(arch)
-        config = from_env(Config, env)
-        model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
-        found = kit_stepper(model, run, machine, micro_batch_count(run, config, machine), batches)
-        found.take(2)
-        return found
-
-    gpt, rows, raw = stepper("gpt"), [], {}
-    steps = max(1, round(LAP_SECONDS / gpt.lap(2)))
-    for arch in names():
-        before = torch.cuda.memory_allocated() if on_cuda else 0
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            mine = stepper(arch)
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_cuda else None
-            raw[arch] = interleave({"gpt": lambda: gpt.lap(steps), "it": lambda s=mine: s.lap(steps)}, rounds)
-        except Exception as error:  # one broken architecture must not cost the others their numbers
-            rows.append(dict(what=arch, error=f"{type(error).__name__}: {error}".splitlines()[0]))
-            continue
-        params = sum(p.numel() for p in mine.model.parameters())
-        rows.append(compare(raw[arch], "gpt")[1] | dict(what=arch, params=params, peak_mib=peak))
-    notes = [f"n rounds of {steps} step(s), each in turns with gpt; gpt in turns with itself shows the noise"]
-    settings = dict(train_batch_tokens=run.train_batch_tokens, steps_per_lap=steps, **asdict(gpt.model.config))
-    return dict(settings=settings, raw_seconds_per_step=raw, rows=rows, notes=notes, ok=all("n" in row for row in rows))

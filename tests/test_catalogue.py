@@ -1,0 +1,48 @@
+"""The README's table of architectures is that of their files."""
+
+import json
+
+import pytest
+
+from architectures import names
+from tools import catalogue
+
+
+def test_every_architecture_has_a_row_with_its_paper_and_its_size(tmp_path):
+    rows = catalogue.table(tmp_path, tmp_path).splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == names() and all("](https://" in row for row in rows)
+    gpt = next(row for row in rows if row.startswith("| `gpt`"))
+    assert "| 17,059,912 | 17.2 |" in gpt and "not compared yet" in gpt
+    assert "`TI_FEAT=fourier`" in next(row for row in rows if row.startswith("| `ti_mlp`"))
+
+
+def test_where_an_architecture_stands_is_read_from_records_and_studies(tmp_path):
+    arms = {
+        "gpt": {"arch": "gpt", "loss_mean": 2.0, "num_seeds": 5},
+        "wide": {"arch": "ti_mlp", "loss_mean": 2.5, "num_seeds": 5},
+        "ti_mlp": {"arch": "ti_mlp", "loss_mean": 1.9, "num_seeds": 4},
+        "mine": {"arch": "shared", "loss_mean": None, "num_seeds": 0},
+    }
+    (tmp_path / "a_study").mkdir()
+    groups = {"same shape": {"baseline": "gpt", "arms": arms}}
+    (tmp_path / "a_study" / "statistics_summary.json").write_text(json.dumps({"groups": groups}))
+    assert catalogue.standing("ti_mlp", tmp_path, tmp_path) == "-0.1000 bpb to `gpt` in a_study, same shape (n=4)"
+    assert catalogue.standing("shared", tmp_path, tmp_path) == "not compared yet"
+    assert "bpb on wikitext2" in catalogue.standing("gpt", tmp_path, catalogue.ROOT / "records")
+
+
+def test_a_first_line_of_another_form_is_refused_by_name(tmp_path):
+    (tmp_path / "mine.py").write_text('"""My idea."""\n')
+    with pytest.raises(ValueError, match=r'mine.py: its first line must end in .* it is "My idea."'):
+        catalogue.first_line(tmp_path / "mine.py")
+
+
+def test_a_table_out_of_date_fails_the_check_and_is_left_alone(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{catalogue.BEGIN}\nold\n{catalogue.END}\nafter\n")
+    assert catalogue.main(["--check", "--readme", str(readme)]) == 1 and "old" in readme.read_text()
+    assert catalogue.main(["--readme", str(readme)]) == 0
+    assert catalogue.main(["--check", "--readme", str(readme)]) == 0
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+    readme.write_text("no marks")
+    assert catalogue.main(["--readme", str(readme)]) == 1 and "must hold" in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""A study: what its file may say, which runs follow from it, that they are done once, and what a step costs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY, result_of, run_script
+
+from tools.ablate import main as ablate
+from tools.costs import forward_flops, peak_megabytes, stored_bytes
+from tools.study.design import Design
+from tools.study.measure import make_stepper, measure
+from tools.study.ngrams import ngram_bpb
+from tools.study.plan import load_study
+from tools.study.runner import train_bpb
+
+STUDY = """
+title = "Two models"
+about = "A test."
+data = "{data}"
+seeds = [1, 2]
+
+[settings]
+NUM_LAYERS = 2
+MODEL_DIM = 32
+NUM_HEADS = 4
+NUM_KV_HEADS = 2
+TRAIN_SEQ_LEN = 32
+TRAIN_BATCH_TOKENS = 256
+WARMUP_STEPS = 1
+COMPILE = 0
+DEVICE = "cpu"
+QUICK_SCORE = 1
+TRAIN_LOG_EVERY = 1
+
+[tune]
+seed = 9
+settings = {{ITERATIONS = 3, VAL_MAX_TOKENS = 2000}}
+grid = [{{MATRIX_LR = 1e-9, TIED_EMBED_LR = 1e-9}}, {{MATRIX_LR = 0.04, TIED_EMBED_LR = 0.05}}]
+
+[arms]
+gpt = {{}}
+ti_mlp = {{TI_BLOCKS = 1}}
+
+[[group]]
+name = "same shape"
+question = "Which is better?"
+baseline = "gpt"
+arms = ["gpt", "ti_mlp"]
+budget = {{steps = 4}}
+"""
+MORE = """
+[[group]]
+name = "time"
+question = "Does time matter?"
+baseline = "ti_mlp"
+arms = ["ti_mlp"]
+vary = {TI_FEAT = ["const", "fourier"]}
+budget = {steps = 4}
+
+[[group]]
+name = "bytes"
+question = "At equal bytes?"
+baseline = "gpt"
+arms = ["gpt", "ti_mlp"]
+budget = {steps = 4, bytes_of = "ti_mlp"}
+
+[[group]]
+name = "clock"
+question = "In equal time?"
+baseline = "gpt"
+arms = ["gpt", "ti_mlp"]
+budget = {steps = 60, clock_of = "gpt"}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, data):
+    """Writes a study.toml, with words of it replaced."""
+
+    def written(more: str = "", **changes: str) -> Path:
+        content = STUDY.format(data=data) + more
+        for old, new in changes.values():
+            assert old in content
+            content = content.replace(old, new)
+        (tmp_path / "study").mkdir(exist_ok=True)
+        (tmp_path / "study" / "study.toml").write_text(content)
+        return tmp_path / "study" / "study.toml"
+
+    return written
+
+
+def file_row(design: Design, run, **values) -> None:
+    path = design.study.folder / "runs" / f"{run.key}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(key=run.key, hardware="x") | values))
+
+
+def tune_all(design: Design) -> None:
+    for run in design.tuning():
+        file_row(design, run, val_bpb=3.0 if run.settings["MATRIX_LR"] == "0.04" else 4.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("seeds = [1, 2]", "seeds = [1, 1]"), "seeds .1, 1. must be different"),
+        (("TI_BLOCKS", "TI_BLOCK"), 'arm "ti_mlp": TI_BLOCK is not a setting. Did you mean TI_BLOCKS'),
+        (("gpt = {}", "gqt = {}"), 'arm "gqt": ARCH=gqt is not a file'),
+        (('baseline = "gpt"', 'baseline = "mla"'), 'baseline "mla" is none of its arms'),
+        (("seed = 9", "seed = 2"), "seed 2 is one of the study's; tune on another"),
+        (("budget = {steps = 4}", "budget = {epochs = 4}"), "budget .* must be steps or seconds"),
+        (('title = "Two models"', ""), "lacks title"),
+        (("[tune]", "[tune"), "is not TOML"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused_in_a_sentence(write, change, said):
+    path = write(change=change)
+    with pytest.raises(ValueError, match=said):
+        load_study(path)
+
+
+def test_every_arm_runs_at_the_rate_that_did_best_on_the_tuning_seed(write):
+    design = Design(load_study(write()))
+    assert len(design.tuning()) == 4 and design.runs() == []  # two arms at two points, and no run before them
+    tune_all(design)
+    runs = design.runs()
+    assert [run.seed for run in runs] == [1, 1, 2, 2]
+    assert {run.settings["MATRIX_LR"] for run in runs} == {"0.04"} and {r.settings["SEED"] for r in runs} == {"1", "2"}
+
+
+def test_equal_settings_are_one_run_in_whatever_group_they_stand(write):
+    design = Design(load_study(write(MORE)))
+    tune_all(design)
+    by_name = {group.name: group for group in design.study.groups}
+    names = [arm.name for arm in by_name["time"].arms]
+    assert names == ["ti_mlp", "ti_mlp TI_FEAT=const", "ti_mlp TI_FEAT=fourier"]
+    time, shape = by_name["time"], by_name["same shape"]
+    assert design.arm_runs(time, time.arms[0])[1].key == design.arm_runs(shape, shape.arms[1])[1].key
+    assert len({run.key for run in design.runs()}) == len(design.runs())
+
+
+def test_a_group_of_equal_bytes_narrows_the_larger_model(write):
+    design = Design(load_study(write(MORE)))
+    tune_all(design)
+    group = next(group for group in design.study.groups if group.name == "bytes")
+    gpt, ti_mlp = (design.arm_runs(group, arm)[1] for arm in group.arms)
+    sizes = [stored_bytes(run.arch, run.settings, 260) for run in (gpt, ti_mlp)]
+    assert int(gpt.settings["MODEL_DIM"]) < int(ti_mlp.settings["MODEL_DIM"]) == 32
+    wider = stored_bytes("gpt", gpt.settings | {"MODEL_DIM": str(int(gpt.settings["MODEL_DIM"]) + 8)}, 260)
+    assert abs(sizes[0] - sizes[1]) <= abs(wider - sizes[1])
+
+
+def test_a_group_of_equal_time_gives_the_faster_model_more_steps(write):
+    design = Design(load_study(write(MORE)))
+    tune_all(design)
+    shape, clock = (next(g for g in design.study.groups if g.name == name) for name in ("same shape", "clock"))
+    assert design.arm_runs(clock, clock.arms[0]) == {}  # until the steps are measured
+    for arm, ratio in zip(shape.arms, (1.0, 0.75), strict=True):
+        path = design.measure_path(shape, arm)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"ratio": ratio}))
+    steps = [design.arm_runs(clock, arm)[1].settings["ITERATIONS"] for arm in clock.arms]
+    measured = design.plan()["groups"][-1]["arms"][1]["measure"]
+    assert steps == ["60", "80"] and measured == design.measure_path(shape, arm).stem
+
+
+def test_a_study_runs_what_is_missing_and_goes_on_where_it_was(write, capsys, monkeypatch):
+    path = write()
+    for name, value in dict(NUM_LAYERS="3", QUANT_BITS="4").items():  # the caller's shell changes no run
+        monkeypatch.setenv(name, value)
+    assert ablate([str(path), "--rounds", "1"]) == 0
+    folder = path.parent
+    rows = {p.stem: json.loads(p.read_text()) for p in (folder / "runs").glob("*.json")}
+    logs = [(folder / row["log"]).read_text() for row in rows.values()]
+    assert len(logs) == 8 and all('"num_layers": 2' in log and '"quant_bits": 8' in log for log in logs)
+    assert (folder / "README.md").is_file() and (folder / "results_table.tex").is_file()
+    costs = [json.loads(p.read_text()) for p in (folder / "measures").glob("*.json")]
+    assert len(costs) == 2 and all(cost["step_ms"] > 0 for cost in costs)
+    gone = next(key for key, row in rows.items() if row["seed"] == 2)
+    times = {p: p.stat().st_mtime_ns for p in (folder / "runs").glob("*.json")}
+    (folder / "runs" / f"{gone}.json").unlink()
+    capsys.readouterr()
+    assert ablate([str(path), "--list"]) == 0 and capsys.readouterr().out.count("missing") == 1
+    assert ablate([str(path), "--rounds", "1"]) == 0
+    changed = [p.stem for p, before in times.items() if p.stat().st_mtime_ns != before]
+    again = json.loads((folder / "runs" / f"{gone}.json").read_text())
+    assert changed == [gone] and again["val_bpb"] == rows[gone]["val_bpb"]
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(write, capsys):
+    path = write(change=("settings = {ITERATIONS = 3, VAL", "settings = {ITERATIONS = 3, TRAIN_BATCH_TOKENS = 33, VAL"))
+    assert ablate([str(path)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("TRAIN_BATCH_TOKENS=33 must be a multiple") == 4 and "Traceback" not in said
+
+
+def test_costs_count_a_shared_weight_once_per_use_and_grow_with_the_model():
+    settings = {k: str(v) for k, v in TINY.items()} | {"VOCAB_SIZE": "260", "TRAIN_BATCH_TOKENS": "128"}
+    shared, gpt = make_stepper("shared", settings | {"TI_BLOCKS": "1"}), make_stepper("gpt", settings)
+    D, L, V = 32, 2, 260
+    attention = 2 * 2 * 32 * D  # scores and values over 32 positions; the counter does not see the mask
+    assert forward_flops(gpt) == forward_flops(shared) == 2 * (L * (3 * D * D + 4 * D * D) + V * D) + L * attention
+    wide = make_stepper("gpt", settings | {"MODEL_DIM": "64"})
+    assert peak_megabytes(wide) > 1.3 * peak_megabytes(gpt) > 0
+    costs = measure({"gpt": ("gpt", settings), "wide": ("gpt", settings | {"MODEL_DIM": "128"})}, "gpt", 3)
+    assert costs["gpt"].ratio == 1 and costs["wide"].ratio > 1.2 and len(costs["wide"].step_ms_rounds) == 3
+
+
+def test_the_bigram_table_beats_the_unigram_table_and_both_are_those_of_the_counts(data):
+    found = ngram_bpb(data)
+    assert 2.0 < found["bigram"] < found["unigram"] < 5.2
+
+
+def test_the_score_of_the_training_text_is_that_of_the_artifact(data, tmp_path):
+    env = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="a", ITERATIONS=3)
+    val_bpb = result_of(run_script(env))["val_bpb"]
+    assert train_bpb(tmp_path / "a", data) == pytest.approx(val_bpb, abs=0.3) and val_bpb < 7

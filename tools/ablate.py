@@ -1,0 +1,93 @@
+"""Run a study, a small TOML file that names architectures, settings and seeds, and report what it found.
+
+    python -m tools.ablate records/studies/wikitext2/study.toml             what is missing, then the report
+    python -m tools.ablate records/studies/wikitext2/study.toml --report    the report of what is there
+    python -m tools.ablate records/studies/wikitext2/study.toml --measure   step times, memory and operations alone
+    python -m tools.ablate records/studies/wikitext2/study.toml --list      what would be run
+
+tools/study/plan.py says what may stand in the file. A study that was stopped goes on where it was. Beside study.toml it
+writes runs/, logs/, measures/, plan.json, runs.csv, results.md, results_table.tex, statistics_summary.json,
+significance_tests.json, figures/ and README.md. Artifacts stay in runs/studies/, which git ignores.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tools.study.design import Design
+from tools.study.measure import measure
+from tools.study.page import write_report
+from tools.study.plan import ROOT, Run, load_study
+from tools.study.runner import do_missing
+from train_gpt import save_atomically
+
+
+def do_all(runs: list[Run], design: Design, words: str) -> list[str]:
+    """Do what is missing of these runs under a progress bar; what failed."""
+    folder = design.study.folder
+    missing = [run for run in runs if not (folder / "runs" / f"{run.key}.json").is_file()]
+    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=words, unit="run", smoothing=0.1) as bar:
+
+        def tell(run: Run, said: str) -> None:
+            bar.write(f"{run.key}: {said}")
+            bar.update()
+
+        return do_missing(missing, folder, ROOT / "runs" / "studies" / folder.name, tell)
+
+
+def measure_missing(design: Design, rounds: int) -> None:
+    """File what a step of each arm costs, group by group, unless it is there."""
+    for group in design.study.groups:
+        paths = {arm.name: design.measure_path(group, arm) for arm in group.arms}
+        if group.budget.keys() == {"steps", "clock_of"} or all(path.is_file() for path in paths.values()):
+            continue  # by the clock: the arms are those of another group, which is measured
+        arms = {arm.name: (arm.arch, design.measured_settings(group, arm)) for arm in group.arms}
+        for name, costs in measure(arms, group.baseline, rounds).items():
+            paths[name].parent.mkdir(parents=True, exist_ok=True)
+            save_atomically(paths[name], json.dumps(asdict(costs), indent=1).encode() + b"\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, metavar="STUDY.toml")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--measure", action="store_true", help="measure step times alone; wants a quiet machine")
+    parser.add_argument("--list", action="store_true", help="print the runs and whether they are done")
+    parser.add_argument("--group", action="append", help="only this group (repeatable)")
+    parser.add_argument("--rounds", type=int, default=10, help="of timing (default 10)")
+    options = parser.parse_args(argv)
+    try:
+        study = load_study(options.study)
+        if unknown := set(options.group or []) - {group.name for group in study.groups}:
+            raise ValueError(f'no group is named "{unknown.pop()}"; there are {[group.name for group in study.groups]}')
+        design, failures = Design(study), []
+        if options.measure:
+            measure_missing(design, options.rounds)
+        elif options.list:
+            for run in [*design.tuning(), *design.runs(options.group)]:
+                done = (study.folder / "runs" / f"{run.key}.json").is_file()
+                print("done   " if done else "missing", run.key)
+            return 0
+        elif not options.report:
+            failures = do_all(design.tuning(), design, "tuning")
+            if not failures and any("clock_of" in group.budget for group in study.groups):
+                measure_missing(design, options.rounds)
+            failures += [] if failures else do_all(design.runs(options.group), design, "runs")
+            measure_missing(design, options.rounds)
+        save_atomically(study.folder / "plan.json", json.dumps(design.plan(), indent=1).encode() + b"\n")
+        for path in write_report(study.folder):
+            print(f"written: {path}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

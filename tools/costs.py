@@ -1,0 +1,89 @@
+"""What an architecture costs: stored bytes, floating-point operations, memory, and the time of a step beside gpt's."""
+
+from dataclasses import asdict
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from architectures import load_architecture, names
+from architectures.layers import is_control
+from tools.plain_step import (
+    LAP_SECONDS,
+    Stepper,
+    build,
+    chosen_machine,
+    compare,
+    interleave,
+    kit_stepper,
+    random_batches,
+)
+from train_gpt import RunConfig, fill_generated, from_env, micro_batch_count
+
+
+def stored_bytes(arch: str, settings: dict[str, str], vocab_size: int) -> int:
+    """Bytes of an artifact before compression, nearly: one per quantised weight, four per control number."""
+    Model, Config = load_architecture(arch)
+    model = Model(from_env(Config, {"VOCAB_SIZE": str(vocab_size)} | settings)).folded()
+    unique = {id(p): p for p in model.parameters()}.values()
+    return sum(p.numel() * 4 if is_control(p) else p.numel() + 2 * p.numel() // p.size(-1) for p in unique)
+
+
+def forward_flops(stepper: Stepper) -> float:
+    """Floating-point operations of a token's way through the scored path, by PyTorch's counter; attention unmasked."""
+    model, input_ids = stepper.model, stepper.batches[0][:, :-1]
+    fill_generated(model)
+    # The counter knows no fused attention on CPU; written out, it is two matrix products over the whole window.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.logits(input_ids)
+    return counter.get_total_flops() / input_ids.numel()
+
+
+def peak_megabytes(stepper: Stepper) -> float:
+    """Most bytes alive at once during a step, in 10^6: by the allocator on CUDA, by its ledger on CPU."""
+    if stepper.batches[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        stepper.take(1)
+        return torch.cuda.max_memory_allocated() / 1e6
+    held = sum(p.numel() * p.element_size() * (3 if p.ndim < 2 else 2) for p in stepper.model.parameters())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        stepper.take(1)
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return (held + most) / 1e6
+
+
+def measure_archs(env: dict[str, str], rounds: int, archs: list[str] | None = None) -> dict:
+    """Parameters, stored bytes, step time, memory and operations of these architectures, each in turns with gpt."""
+    run = from_env(RunConfig, env)
+    machine = chosen_machine(run)
+
+    def stepper(arch: str) -> Stepper:
+        Model, Config = load_architecture(arch)
+        config = from_env(Config, env)
+        model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
+        found = kit_stepper(model, run, machine, micro_batch_count(run, config, machine), batches)
+        found.take(2)
+        return found
+
+    gpt, rows, raw = stepper("gpt"), [], {}
+    steps = max(1, round(LAP_SECONDS / gpt.lap(2)))
+    for arch in archs or names():
+        try:
+            mine = stepper(arch)
+            raw[arch] = interleave({"gpt": lambda: gpt.lap(steps), "it": lambda s=mine: s.lap(steps)}, rounds)
+            row = compare(raw[arch], "gpt")[1] | dict(what=arch, params=sum(p.numel() for p in mine.model.parameters()))
+            row |= dict(stored_bytes=stored_bytes(arch, env, mine.model.config.vocab_size))
+            row |= dict(peak_mb=peak_megabytes(mine), mflop_per_token=forward_flops(mine) / 1e6)
+            rows.append(row)
+        except Exception as error:  # one broken architecture must not cost the others their numbers
+            rows.append(dict(what=arch, error=f"{type(error).__name__}: {error}".splitlines()[0]))
+    notes = [
+        f"n rounds of {steps} step(s), each in turns with gpt; gpt in turns with itself shows the noise",
+        "stored_bytes: int8 weights, fp32 controls, before coding; mflop_per_token: forward, attention unmasked",
+    ]
+    settings = dict(train_batch_tokens=run.train_batch_tokens, steps_per_lap=steps, **asdict(gpt.model.config))
+    return dict(settings=settings, raw_seconds_per_step=raw, rows=rows, notes=notes, ok=all("n" in row for row in rows))

@@ -1,0 +1,154 @@
+"""What a study's runs are in full, once tuning, widths and clocks are known; and plan.json, which the report reads."""
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+
+from tools.costs import stored_bytes
+from tools.study.ngrams import ngram_bpb
+from tools.study.plan import Arm, Group, Run, Study, fitted_width, spelled, tuning_runs
+from tools.study.runner import data_path
+from train_gpt import Dataset
+
+FREE = ("SEED", "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "SCHEDULE")  # what the cost of a step does not depend on
+
+
+def label(point: dict) -> str:
+    """A grid point in words, by its first setting."""
+    name, value = next(iter(point.items()))
+    return f"{name.lower()}={value}"
+
+
+class Design:
+    """A study, resolved as far as its files allow."""
+
+    def __init__(self, study: Study):
+        self.study = study
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return Dataset(str(data_path(self.study.data)), None).vocab_size
+
+    def row(self, run: Run) -> dict | None:
+        """The result of a run, if it is done."""
+        path = self.study.folder / "runs" / f"{run.key}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def tuning(self) -> list[Run]:
+        return [run for arm in self.study.arms.values() for _, run in tuning_runs(self.study, arm)]
+
+    def tuned(self, arm_name: str) -> dict | None:
+        """The grid point at which the arm did best; None until all of its points are done, {} without tuning."""
+        tried = [(point, self.row(run)) for point, run in tuning_runs(self.study, self.study.arms[arm_name])]
+        if any(row is None for _, row in tried):
+            return None
+        return min(tried, key=lambda pair: pair[1]["val_bpb"])[0] if tried else {}
+
+    def budget_settings(self, group: Group, arm: Arm) -> dict[str, str] | None:
+        """What the group's budget makes of the arm; None while a step time is missing."""
+        budget = group.budget
+        if "seconds" in budget:
+            return {"MAX_WALLCLOCK_SECONDS": str(budget["seconds"]), "SCHEDULE": "time"}
+        by_steps = {"MAX_WALLCLOCK_SECONDS": "0", "SCHEDULE": "steps"}
+        if "clock_of" in budget:
+            shape = self.measured_group(arm)
+            if shape is None:
+                return None
+            costs = [json.loads(self.measure_path(shape, self.study.arms[name]).read_text())
+                     for name in (budget["clock_of"], arm.base)]  # fmt: skip
+            steps = budget["steps"] * costs[0]["ratio"] / costs[1]["ratio"]
+            return by_steps | {"ITERATIONS": str(max(1, round(steps)))}
+        fixed = by_steps | {"ITERATIONS": str(budget["steps"])}
+        if "bytes_of" in budget and arm.base != budget["bytes_of"]:
+            model = self.study.arms[budget["bytes_of"]]
+            fixed |= fitted_width(arm, stored_bytes(model.arch, model.settings, self.vocab_size), self.vocab_size)
+        return fixed
+
+    def measured_group(self, arm: Arm) -> Group | None:
+        """A group in which the arm, as [arms] has it, was measured."""
+        for group in self.study.groups:
+            named = {other.name: other for other in group.arms}
+            if arm.base in named and "clock_of" not in group.budget and "bytes_of" not in group.budget:
+                return group if self.measure_path(group, named[arm.base]).is_file() else None
+        return None
+
+    def arm_runs(self, group: Group, arm: Arm) -> dict[int, Run]:
+        """The arm's runs by seed; empty while they are not known."""
+        tuned, budget = self.tuned(arm.base), self.budget_settings(group, arm)
+        if tuned is None or budget is None:
+            return {}
+        settings = arm.settings | {key.upper(): spelled(value) for key, value in tuned.items()} | budget
+        return {
+            seed: Run(arm.arch, seed, group.data, settings | {"SEED": str(seed)}, group.train_score)
+            for seed in self.study.seeds
+        }
+
+    def runs(self, only: list[str] | None = None) -> list[Run]:
+        """All runs, group by group and seed by seed, so that what is there is fair at any time; each once."""
+        found: dict[str, Run] = {}
+        for group in self.study.groups:
+            if only and group.name not in only:
+                continue
+            by_arm = [self.arm_runs(group, arm) for arm in group.arms]
+            for seed in self.study.seeds:
+                for runs in by_arm:
+                    if seed in runs:
+                        found.setdefault(runs[seed].key, runs[seed])
+        return list(found.values())
+
+    def measured_settings(self, group: Group, arm: Arm) -> dict[str, str]:
+        """The settings under which a step of the arm is measured."""
+        budget = self.budget_settings(group, arm) or {}
+        own = {name: value for name, value in (arm.settings | budget).items() if name not in FREE}
+        return {"VOCAB_SIZE": str(self.vocab_size)} | own
+
+    def measure_path(self, group: Group, arm: Arm) -> Path:
+        """Where the costs of the arm's step are filed; the name holds what they depend on."""
+        where = group if "clock_of" not in group.budget else self.measured_group(arm) or group
+        what = [arm.arch, where.baseline, self.measured_settings(where, arm)]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+        return self.study.folder / "measures" / f"{re.sub('[^a-z0-9]+', '_', arm.name.lower())}_{digest}.json"
+
+    def budget_words(self, group: Group) -> str:
+        budget = group.budget
+        if "seconds" in budget:
+            return f"{budget['seconds']} seconds of training"
+        if "clock_of" in budget:
+            return f"the time of {budget['steps']} steps of {budget['clock_of']}, by measured step times"
+        if "bytes_of" in budget:
+            return f"{budget['steps']} steps, at the width whose artifact is as large as {budget['bytes_of']}'s"
+        return f"{budget['steps']} steps"
+
+    def plan(self) -> dict:
+        """What the report reads beside the runs: groups, arms, keys of runs, tuning, claims."""
+        study, groups = self.study, []
+        for group in study.groups:
+            arms = []
+            for arm in group.arms:
+                runs = self.arm_runs(group, arm)
+                settings = runs[study.seeds[0]].settings if runs else arm.settings
+                measured = self.measure_path(group, arm)
+                arms.append({
+                    "name": arm.name, "arch": arm.arch, "settings": {k: v for k, v in settings.items() if k != "SEED"},
+                    "tuned": self.tuned(arm.base) or {}, "runs": {str(seed): run.key for seed, run in runs.items()},
+                    "measure": measured.stem, "published": group.published.get(arm.name),
+                })  # fmt: skip
+            head = {"name": group.name, "question": group.question, "budget": self.budget_words(group)}
+            groups.append(head | {"data": group.data, "baseline": group.baseline, "arms": arms})
+        tuning = []
+        for arm in study.arms.values():
+            tried = [(point, self.row(run)) for point, run in tuning_runs(study, arm)]
+            values = {label(point): row and row["val_bpb"] for point, row in tried}
+            chosen = self.tuned(arm.name)
+            tuning.append({"arm": arm.name, "values": values, "chosen": label(chosen) if chosen else None})
+        texts = [group.data for group in study.groups]
+        hardware = {row["hardware"] for run in self.runs() if (row := self.row(run))}
+        return {
+            "title": study.title, "about": study.about, "text": study.data, "vocab": self.vocab_size,
+            "seeds": study.seeds, "hardware": ", ".join(sorted(hardware)),
+            "ngram_bpb": {name: ngram_bpb(data_path(name)) for name in dict.fromkeys([study.data, *texts])},
+            "groups": groups, "claims": study.claims,
+            "tuning": tuning if study.tune else [],
+        }  # fmt: skip

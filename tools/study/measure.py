@@ -1,0 +1,54 @@
+"""What a training step of an arm costs: time in turns with the baseline, memory, floating-point operations."""
+
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from architectures import load_architecture
+from tools.costs import forward_flops, peak_megabytes
+from tools.plain_step import Stepper, build, chosen_machine, kit_stepper, random_batches
+from train_gpt import RunConfig, from_env, hardware_name, micro_batch_count
+
+LAP_STEPS = 3
+
+
+@dataclass
+class Costs:
+    """Of one training step on this machine. ratio: the median over rounds of its time over the baseline's."""
+
+    step_ms: float
+    step_ms_rounds: list[float]
+    ratio: float
+    peak_mem_mb: float  # live at once in a step: weights, optimizer, gradients, activations
+    flops_per_token: float  # forward, 2 per multiply-add, a shared weight once per use
+    hardware: str
+    torch: str
+
+
+def make_stepper(arch: str, settings: dict[str, str]) -> Stepper:
+    """The kit's own step of an arm on random tokens, compiled and warm."""
+    Model, Config = load_architecture(arch)
+    run, config = from_env(RunConfig, settings), from_env(Config, settings)
+    machine = chosen_machine(run)
+    model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
+    stepper = kit_stepper(model, run, machine, micro_batch_count(run, config, machine), batches)
+    stepper.take(3)
+    return stepper
+
+
+def measure(arms: dict[str, tuple[str, dict[str, str]]], baseline: str, rounds: int) -> dict[str, Costs]:
+    """The costs of every arm, (architecture, settings) by name; each takes turns with the baseline."""
+    steppers = {name: make_stepper(arch, settings) for name, (arch, settings) in arms.items()}
+    laps: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, stepper in steppers.items():
+            laps[name].append(stepper.lap(LAP_STEPS))
+    machine = chosen_machine(from_env(RunConfig, arms[baseline][1]))
+    found = {}
+    for name, stepper in steppers.items():
+        ratio = median(a / b for a, b in zip(laps[name], laps[baseline], strict=True))
+        own = [1000 * lap for lap in laps[name]]
+        memory, flops = peak_megabytes(stepper), forward_flops(stepper)
+        found[name] = Costs(median(own), own, ratio, memory, flops, hardware_name(machine), torch.__version__)
+    return found

@@ -1,0 +1,119 @@
+"""Does the runs of a study that are missing, one at a time on a CPU and one per GPU, and files each as JSON and log."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tools.logs import read_log
+from tools.pack import settings_of
+from tools.study.plan import ROOT, Run
+from train_gpt import Dataset, load_artifact, read_shard, save_atomically
+
+SHOWN_LINES = 8  # of a run that failed
+KEPT = (
+    "steps", "val_bpb", "val_loss", "pre_quant_val_bpb", "params", "bytes_model", "bytes_code", "train_seconds",
+    "mean_lr_scale", "step_avg_ms", "tokens_seen", "code_sha256", "data_sha256", "hardware", "torch", "val_tokens",
+    "val_bytes",
+)  # fmt: skip
+
+
+class RunFailed(Exception):
+    """A run that ended without a result; the words are its last lines."""
+
+
+def data_path(name: str) -> Path:
+    """The data folder of that name, or at that path."""
+    path = Path(name) if "/" in name else ROOT / "data" / "datasets" / name
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f'the study needs the data "{name}", and {path} has no manifest.json; see data/README.md')
+    return path
+
+
+def train_bpb(folder: Path, data: Path) -> float:
+    """Bits per byte of the training text, by the artifact in `folder`."""
+    shards = sorted(data.glob("fineweb_train_*.bin"))
+    if len(shards) != 1:
+        raise ValueError(f"the training text of {data} is in {len(shards)} shards; train_score wants a small text")
+    request = json.dumps({"tokens": str(shards[0].resolve()), "nats": str((folder / "train.nats").resolve())})
+    command = [sys.executable, str(ROOT / "train_gpt.py"), "score", "model.bin"]
+    done = subprocess.run(command, cwd=folder, input=request, text=True, capture_output=True, check=False)
+    if done.returncode or "error" in json.loads(done.stdout.splitlines()[-1]):
+        raise RunFailed(f"scoring the training text failed: {(done.stderr or done.stdout).strip()}")
+    nats = np.fromfile(folder / "train.nats", dtype="<f4")
+    tokens = np.array(read_shard(shards[0]))
+    counted = int(Dataset(str(data), None).bytes_of.count(tokens).sum())
+    return float(nats.sum(dtype=np.float64) / np.log(2) / counted)
+
+
+def gate_quantiles(artifact: Path) -> dict[str, list] | None:
+    """By gate group, per layer, the 10th, 50th and 90th percentile of its gates; None for a model without gates."""
+    model, _, _ = load_artifact(artifact.read_bytes(), torch.device("cpu"))
+    if not hasattr(model, "gates") or model.time is None:
+        return None
+    levels = torch.tensor([0.1, 0.5, 0.9])
+    return {name: torch.quantile(gate, levels, dim=1).T.tolist() for name, gate in model.gates().items()}
+
+
+def do_run(run: Run, folder: Path, scratch: Path, gpu: int | None = None) -> dict:
+    """Train once; leaves logs/<key>.log and runs/<key>.json in `folder`, the artifact in `scratch`."""
+    data = data_path(run.data)
+    out = scratch / run.key
+    if out.exists():  # left by a run that was killed
+        for path in out.iterdir():
+            path.unlink()
+    own = {"ARCH": run.arch, "DATA_PATH": str(data), "OUT_DIR": str(scratch), "RUN_ID": run.key}
+    # What a study does not set is the kit's default, whatever the caller's shell has.
+    env = {name: value for name, value in os.environ.items() if name not in settings_of(run.arch)}
+    env |= run.settings | own | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = read_log(out / "train.log") if (out / "train.log").is_file() else None
+    if log is None or log.result is None:
+        last = done.stdout.splitlines()[-SHOWN_LINES:]
+        raise RunFailed("\n    ".join([f"{run.key} ended with status {done.returncode}:", *last]))
+    row = {"key": run.key, "arch": run.arch, "seed": run.seed, "data": run.data, "settings": run.settings}
+    row |= {"log": f"logs/{run.key}.log"} | {name: log.result.get(name) for name in KEPT}
+    row["curve"] = [[p.step, p.train_loss, p.seconds] for p in log.steps]
+    row["val_curve"] = [[p.step, p.val_bpb] for p in log.val_points]
+    row["train_bpb"] = train_bpb(out, data) if run.train_score else None
+    row["gates"] = gate_quantiles(out / "model.bin")
+    save_atomically(folder / "logs" / f"{run.key}.log", (out / "train.log").read_bytes())
+    save_atomically(folder / "runs" / f"{run.key}.json", json.dumps(row).encode() + b"\n")
+    return row
+
+
+def do_missing(runs: list[Run], folder: Path, scratch: Path, tell: Callable[[Run, str], None]) -> list[str]:
+    """Do the runs that have no JSON yet, in their order; what failed, in words. A failure does not stop the others."""
+    for name in ("runs", "logs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    free: queue.Queue = queue.Queue()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else [None]
+    for gpu in gpus:
+        free.put(gpu)
+    failures, lock = [], threading.Lock()
+
+    def work(run: Run) -> None:
+        gpu = free.get()
+        try:
+            row = do_run(run, folder, scratch, gpu)
+            tell(run, f"{row['val_bpb']:.4f} bits per byte in {row['steps']} steps")
+        except (RunFailed, ValueError, OSError) as error:
+            with lock:
+                failures.append(f"{run.key}: {error}")
+            tell(run, f"failed: {str(error).splitlines()[0]}")
+        finally:
+            free.put(gpu)
+
+    todo = [run for run in runs if not (folder / "runs" / f"{run.key}.json").is_file()]
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        list(pool.map(work, todo))
+    return failures
