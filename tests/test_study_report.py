@@ -114,7 +114,7 @@ def test_runs_are_held_against_the_count_tables_of_their_own_text(folder):
     edit(folder / "plan.json", lambda plan: plan["groups"][0].update(data="another"))
     text = texts(folder)["README.md"]
     assert "10 of 10 runs do not beat the bigram table" in text
-    assert "All 10 runs beat the bigram table" in text and "Text: another." in text
+    assert "All 20 runs beat the bigram table" in text and "Text: another." in text
 
 
 def test_report_is_the_same_bytes_each_time(written, tmp_path):
