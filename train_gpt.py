@@ -93,6 +93,8 @@ class RunConfig:
     ema_start: float = 0.6  # fraction of the run at which the average begins
 
     quant_bits: int = 8  # of matrices and embeddings in the artifact, 4 to 8
+    quant_clip: float | None = None  # a row's largest number in its root mean squares; unset: where its error is least
+    artifact_bytes: int | None = None  # of model.bin, script not counted; if it has more, the least clip that fits
     eval_seq_len: int | None = None  # TRAIN_SEQ_LEN
     eval_stride: int = 0  # 0 = windows side by side; n = slide by n, score the last n of each window
     val_batch_size: int | None = None  # tokens scored at once on a rank; by the device
@@ -110,11 +112,14 @@ class RunConfig:
             for name in names:
                 if not getattr(self, name) >= minimum:
                     raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least {minimum}")
-        for name in ("micro_batch_tokens", "eval_seq_len", "val_batch_size", "val_max_tokens"):
+        for name in ("micro_batch_tokens", "artifact_bytes", "eval_seq_len", "val_batch_size", "val_max_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least 1, or unset for the default")
         if not 4 <= self.quant_bits <= 8:
             raise ValueError(f"QUANT_BITS={self.quant_bits} must be 4, 5, 6, 7 or 8")
+        most = coarsest_clip(self.quant_bits)
+        if self.quant_clip is not None and not 1 <= self.quant_clip <= most:
+            raise ValueError(f"QUANT_CLIP={self.quant_clip} must be 1 to {most} at {self.quant_bits} bits, or unset")
         if self.schedule not in ("time", "steps"):
             raise ValueError(f"SCHEDULE={self.schedule} must be time or steps")
         if self.muon_polynomial not in MUON_POLYNOMIALS:
@@ -671,15 +676,16 @@ def parameter_groups(model: LanguageModel) -> dict[str, list[nn.Parameter]]:
 
 # (a, b, c) of each step x <- a x + b x^3 + c x^5, the last repeated: Jordan et al. 2024 (https://kellerjordan.github.io
 # /posts/muon/), the same in every step; Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932), the best
-# for what the steps before have left, for singular values from 0.001 up.
+# for what the steps before have left, for singular values from 0.001 up, computed for arguments 1.02 times larger: the
+# polynomials explode beyond their range, and bf16 lifts a singular value of 1 over it.
 MUON_POLYNOMIALS = {
     "jordan": [(3.4445, -4.7750, 2.0315)],
     "polar": [
-        (8.287212, -23.595887, 17.300387),
-        (4.107059, -2.947850, 0.544843),
-        (3.948691, -2.908902, 0.551819),
-        (3.318420, -2.488488, 0.510049),
-        (2.300652, -1.668904, 0.418807),
+        (8.12472, -22.23493, 15.66949),
+        (4.02653, -2.77782, 0.49348),
+        (3.87127, -2.74112, 0.4998),
+        (3.25335, -2.34496, 0.46197),
+        (2.25554, -1.57265, 0.37933),
         (1.875, -1.25, 0.375),
     ],
 }
@@ -688,7 +694,7 @@ MUON_POLYNOMIALS = {
 def orthogonalize(x: Tensor, steps: int, polynomial: str) -> Tensor:
     """x (n, R, C), R <= C, each matrix with its singular values pushed towards 1."""
     coefficients = MUON_POLYNOMIALS[polynomial]
-    margin = 1.01 if polynomial == "polar" else 1.0  # rounding must not lift a singular value over 1, where it explodes
+    margin = 1.02 if polynomial == "polar" else 1.0
     x = x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for step in range(steps):
         a, b, c = coefficients[min(step, len(coefficients) - 1)]
@@ -843,23 +849,39 @@ class Schedule:
 
 
 # -----------------------------------------------------------------------------
-# Artifact: magic, header length and checksum, JSON header, one zstd frame of tensors. No pickle; needs no environment.
+# Artifact: magic, header length and checksum, JSON header, one zstd frame of tensors, and the numbers of the large
+# matrices as one rANS stream. No pickle; needs no environment.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION, MAX_HEADER_BYTES, MAX_RAW_BYTES = b"PGOLFKIT", 1, 1 << 20, 1 << 33
+ARTIFACT_MAGIC, ARTIFACT_VERSION, MAX_HEADER_BYTES = b"PGOLFKIT", 2, 1 << 20
 ARTIFACT_PREFIX = struct.Struct("<8sIII")  # magic, version, header bytes, crc32 of the header
 DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool)
 }
+RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; the least state of the coder
+SIZE_CLASSES = 41  # of numbers, by their expected size: from 1/8 to 128 in quarter octaves
+FINEST_CLIP = {4: 2.0, 5: 2.6, 6: 3.5, 7: 4.6, 8: 6.0}  # by bits; below, cutting off costs more than finer steps win
+CODED_SIDE = 64  # of a matrix: in a narrower one the bytes that tell the classes cost more than they save
 
 
-def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(int8 values, fp16 scales (rows, 1)) of a matrix; below 8 bits a row is clipped where the error is least."""
+def coarsest_clip(bits: int) -> int:
+    """The QUANT_CLIP at which a row is stored in steps of its root mean square; little is left of a model beyond it."""
+    return 2 ** (bits - 1) - 1
+
+
+def quantize_rows(weight: Tensor, bits: int, clip: float | None = None) -> tuple[Tensor, Tensor]:
+    """(int8 values, fp16 scales (rows, 1)) of a matrix, or of a stack of them: each row is cut off at `clip` times its
+    root mean square. Without a clip, at its largest number for 8 bits and where the error is least for fewer.
+    """
     limit = 2 ** (bits - 1) - 1
     rows = weight.detach().float().cpu().reshape(-1, weight.size(-1))
+    if clip is None:
+        top, clips = rows.abs().amax(dim=1, keepdim=True), [1.0] if bits == 8 else np.linspace(1.0, 0.5, 11)
+    else:  # not the standard deviation: that of a constant row is 0
+        top, clips = rows.square().mean(dim=1, keepdim=True).sqrt(), [clip]
     best = None
-    for clip in [1.0] if bits == 8 else np.linspace(1.0, 0.5, 11):
-        scale = (rows.abs().amax(dim=1, keepdim=True) * (clip / limit)).clamp(2**-24, 65_000).half()
+    for fraction in clips:
+        scale = (top * (fraction / limit)).clamp(2**-24, 65_000).half()
         values = (rows / scale.float()).round().clamp(-limit, limit)
         error = (values * scale.float() - rows).square().sum(dim=1, keepdim=True)
         if best is None:
@@ -868,6 +890,87 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             better = error < best[2]
             best = tuple(torch.where(better, new, old) for new, old in zip((values, scale, error), best, strict=True))
     return best[0].to(torch.int8), best[1]
+
+
+def size_classes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows,) and (columns,) int8 whose sum is the class of a number: the size that its row and its column expect."""
+    squares = np.square(values.astype(np.float32))
+    row_squares = squares.mean(axis=1) + 1 / 64
+    column_squares = (squares / row_squares[:, None]).mean(axis=0) + 1 / 64
+    rows, columns = (np.round(2 * np.log2(x)) for x in (row_squares, column_squares))
+    return (rows + 12).astype(np.int8), columns.astype(np.int8)
+
+
+def class_of(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(rows x columns,) uint8: the class of each number of a matrix."""
+    return np.add.outer(rows.astype(np.int16), columns).clip(0, SIZE_CLASSES - 1).astype(np.uint8).reshape(-1)
+
+
+def frequencies(counts: np.ndarray) -> np.ndarray:
+    """(classes, 256) whole numbers in proportion to the counts: 2**RANS_BITS in all for a class that occurs, else 0."""
+    seen = counts > 0
+    spare = (1 << RANS_BITS) - seen.sum(axis=1, keepdims=True)
+    found = seen + counts * spare // np.maximum(1, counts.sum(axis=1, keepdims=True))
+    found[np.arange(len(found)), counts.argmax(axis=1)] += seen.any(axis=1) * ((1 << RANS_BITS) - found.sum(axis=1))
+    return found
+
+
+def rans_lanes(count: int) -> int:
+    """How many coders take turns: numpy wants many, and each costs four bytes."""
+    return 1 + min(1023, count >> 13)
+
+
+def rans_encode(symbols: np.ndarray, tables: np.ndarray) -> bytes:
+    """The stream for (n,) symbols, 256 x class + byte, by (classes, 256) frequencies (Duda 2013, arXiv:1311.2540).
+
+    Interleaved as in Giesen 2014 (arXiv:1402.3392): lane i takes every lanes-th number from i on; 32-bit states are
+    kept in [2**16, 2**32) by moving 16 bits at a time. Written from the last number to the first, read forwards.
+    """
+    widths = tables.reshape(-1).astype(np.uint32)
+    starts = (tables.cumsum(axis=1) - tables).reshape(-1).astype(np.uint32)
+    lanes = rans_lanes(len(symbols))
+    states, words = np.full(lanes, RANS_LEAST, np.uint32), []
+    for begin in reversed(range(0, len(symbols), lanes)):
+        now = symbols[begin : begin + lanes]
+        state, width = states[: len(now)], widths.take(now)
+        full = state >> (32 - RANS_BITS) >= width
+        words.append(state[full].astype("<u2").tobytes())
+        state = np.where(full, state >> 16, state)
+        quotient = state // width
+        states[: len(now)] = (quotient << RANS_BITS) + (state - quotient * width) + starts.take(now)
+    return states.astype("<u4").tobytes() + b"".join(reversed(words))
+
+
+def rans_decode(stream: memoryview, classes: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """(n,) uint8: the numbers of the given classes; ValueError if the stream is not what `rans_encode` makes."""
+    lanes, sums = rans_lanes(len(classes)), tables.sum(axis=1)
+    used = np.bincount(classes, minlength=len(tables)) > 0
+    if tables.min() < 0 or not np.isin(sums, (0, 1 << RANS_BITS)).all() or not sums[used].all():
+        raise ValueError("artifact is damaged: its frequencies do not add up")
+    if len(stream) < 4 * lanes or len(stream) % 2:
+        raise ValueError(f"artifact is damaged: {len(stream)} bytes of numbers, {lanes} coders have begun")
+    byte_at = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(tables)), tables.reshape(-1))
+    first = sums.cumsum() - sums  # of a class in byte_at
+    widths = tables.reshape(-1).astype(np.uint32)
+    starts = (tables.cumsum(axis=1) - tables).reshape(-1).astype(np.uint32)
+    states, words = np.frombuffer(stream, "<u4", lanes).copy(), np.frombuffer(stream, "<u2", offset=4 * lanes)
+    found, position = np.empty(len(classes), np.uint8), 0
+    for begin in range(0, len(classes), lanes):
+        now = classes[begin : begin + lanes]
+        state = states[: len(now)]
+        slot = state & ((1 << RANS_BITS) - 1)
+        byte = found[begin : begin + lanes] = byte_at.take(first.take(now) + slot)
+        at = now * np.uint16(256) + byte
+        state = widths.take(at) * (state >> RANS_BITS) + slot - starts.take(at)
+        low = np.flatnonzero(state < RANS_LEAST)
+        if position + len(low) > len(words):
+            raise ValueError("artifact is damaged: its numbers end early")
+        state[low] = state[low] << 16 | words[position : position + len(low)]
+        position += len(low)
+        states[: len(now)] = state
+    if position != len(words) or (states != RANS_LEAST).any():
+        raise ValueError("artifact is damaged: its numbers do not end where they should")
+    return found
 
 
 def shuffled(x: Tensor) -> bytes:
@@ -882,44 +985,80 @@ def unshuffled(data: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor
     return torch.from_numpy(planes.T.copy()).view(dtype).reshape(shape)
 
 
-def pack_artifact(
-    model: LanguageModel, arch: str, tokenizer_sha256: str | None, plan: ScorePlan, progress: float, bits: int
-) -> bytes:
-    """The bytes of model.bin: the model folded, matrices quantised per row, control tensors fp32, shared ones once."""
+def pack_tensors(model: LanguageModel, header: dict, bits: int, clip: float | None) -> bytes:
+    """The bytes of model.bin: matrices quantised per row, control tensors fp32, shared ones once.
+
+    The frame holds the frequencies, the classes of the coded matrices' rows and columns, then, tensor by tensor,
+    scales, small matrices and all that is not quantised.
+    """
     import zstandard
 
-    model = model.folded()
     params = dict(model.named_parameters(remove_duplicate=False))
-    entries, chunks, first = [], [], {}
+    entries, chunks, classes, symbols, first = [], [], [], [np.empty(0, np.uint16)], {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
         if key in first:
             entries.append([name, "same", first[key]])
             continue
         first[key] = name
-        if tensor.is_floating_point() and name in params and not is_control(params[name]):
-            values, scales = quantize_rows(tensor, bits)
-            entries.append([name, "rows", list(tensor.shape)])
-            chunks += [shuffled(values), shuffled(scales)]
+        if tensor.numel() and tensor.is_floating_point() and name in params and not is_control(params[name]):
+            values, scales = quantize_rows(tensor, bits, clip)
+            coded = min(values.shape) >= CODED_SIDE
+            entries.append([name, "coded" if coded else "rows", list(tensor.shape)])
+            if coded:
+                rows, columns = size_classes(values.numpy())
+                classes += [rows.tobytes(), columns.tobytes()]
+                symbols.append(class_of(rows, columns) * np.uint16(256) + values.numpy().view(np.uint8).reshape(-1))
+            chunks += [shuffled(scales)] if coded else [shuffled(values), shuffled(scales)]
         else:
             tensor = tensor.float() if tensor.is_floating_point() else tensor
             entries.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
             chunks.append(shuffled(tensor))
-    payload = b"".join(chunks)
+    symbols = np.concatenate(symbols)
+    tables = frequencies(np.bincount(symbols, minlength=SIZE_CLASSES * 256).reshape(SIZE_CLASSES, 256))
+    payload = b"".join([shuffled(torch.from_numpy(tables.astype(np.int16))), *classes, *chunks])
     frame = zstandard.ZstdCompressor(level=22).compress(payload)
-    header = dict(
-        arch=arch,
-        config=asdict(model.config),
-        score=asdict(plan),
-        progress=progress,
-        quant_bits=bits,
-        tokenizer_sha256=tokenizer_sha256,
-        raw_bytes=len(payload),
-        frame_sha256=hashlib.sha256(frame).hexdigest(),
-        tensors=entries,
-    )
+    body = frame + rans_encode(symbols, tables)
+    header = header | dict(quant_bits=bits, quant_clip=clip, raw_bytes=len(payload), frame_bytes=len(frame))
+    header |= dict(body_sha256=hashlib.sha256(body).hexdigest(), tensors=entries)
     text = json.dumps(header, separators=(",", ":")).encode()
-    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), zlib.crc32(text)) + text + frame
+    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), zlib.crc32(text)) + text + body
+
+
+def pack_artifact(
+    model: LanguageModel,
+    arch: str,
+    tokenizer_sha256: str | None,
+    plan: ScorePlan,
+    progress: float,
+    bits: int,
+    clip: float | None = None,
+    most: int | None = None,
+) -> bytes:
+    """The bytes of model.bin, of the model folded. If they are more than `most`, the clip is widened until they fit.
+
+    A wider clip spreads the same steps wider, so fewer are in use. If no clip fits, the bytes at the coarsest.
+    """
+    model = model.folded()
+    header = dict(arch=arch, config=asdict(model.config), score=asdict(plan), progress=progress)
+    header |= dict(tokenizer_sha256=tokenizer_sha256)
+    blob = pack_tensors(model, header, bits, clip)
+    if most is None or len(blob) <= most:
+        return blob
+    weights = sum(p.numel() for p in model.parameters() if not is_control(p))
+    finest, coarsest, best = clip or FINEST_CLIP[bits], coarsest_clip(bits), b""
+    clip = finest
+    for _ in range(16):
+        blob = pack_tensors(model, header, bits, clip)
+        spare = most - len(blob)
+        if spare >= 0:
+            best = max(best, blob, key=len)
+        if (clip == finest or spare <= most / 500) if spare >= 0 else clip == coarsest:
+            break
+        # Twice the clip saves a bit a weight, or less where most are 0 already: steps never go too far.
+        octaves = 8 * (most / 1000 - spare) / max(1, weights)
+        clip = min(max(finest, clip * 2 ** min(octaves, bits)), coarsest)
+    return best or blob
 
 
 def save_atomically(path: Path, blob: bytes) -> None:
@@ -939,7 +1078,7 @@ def save_atomically(path: Path, blob: bytes) -> None:
 
 
 def read_header(blob: bytes) -> tuple[dict, memoryview]:
-    """(header, compressed tensors) of an artifact; ValueError says in one line why it is refused."""
+    """(header, all that follows it) of an artifact; ValueError says in one line why it is refused."""
     if len(blob) < ARTIFACT_PREFIX.size or not blob.startswith(ARTIFACT_MAGIC):
         raise ValueError("not an artifact: it does not begin with PGOLFKIT")
     _, version, header_bytes, checksum = ARTIFACT_PREFIX.unpack_from(blob)
@@ -952,21 +1091,23 @@ def read_header(blob: bytes) -> tuple[dict, memoryview]:
     text = blob[ARTIFACT_PREFIX.size : ARTIFACT_PREFIX.size + header_bytes]
     if zlib.crc32(text) != checksum:
         raise ValueError("artifact header does not match its checksum: the file is damaged")
-    frame = memoryview(blob)[ARTIFACT_PREFIX.size + header_bytes :]
+    body = memoryview(blob)[ARTIFACT_PREFIX.size + header_bytes :]
     header = json.loads(text)
-    if hashlib.sha256(frame).hexdigest() != header["frame_sha256"]:
+    if hashlib.sha256(body).hexdigest() != header["body_sha256"]:
         raise ValueError("artifact tensors do not match their checksum: the file is cut short or damaged")
-    return header, frame
+    return header, body
 
 
-def read_tensors(header: dict, frame: memoryview) -> dict[str, Tensor]:
+def read_tensors(header: dict, body: memoryview) -> dict[str, Tensor]:
     """The state dict stored in an artifact, quantised rows back in fp32."""
     import zstandard
 
+    frame, stream = body[: header["frame_bytes"]], body[header["frame_bytes"] :]
+    room = (1 << 28) + 64 * len(body)  # numbers of one value cost nothing: what a small file may unpack to has to end
     raw_bytes = zstandard.frame_content_size(frame)  # what the decompressor will allocate
-    if raw_bytes != header["raw_bytes"] or raw_bytes > MAX_RAW_BYTES:
+    if raw_bytes != header["raw_bytes"] or raw_bytes > room:
         claimed = header["raw_bytes"]
-        raise ValueError(f"artifact claims {claimed} bytes of tensors, its frame {raw_bytes}; limit {MAX_RAW_BYTES}")
+        raise ValueError(f"artifact claims {claimed} bytes of tensors, its frame {raw_bytes}; limit {room}")
     data = memoryview(zstandard.ZstdDecompressor().decompress(frame))
     position, state = 0, {}
 
@@ -978,11 +1119,20 @@ def read_tensors(header: dict, frame: memoryview) -> dict[str, Tensor]:
         position += size
         return unshuffled(data[position - size : position], dtype, shape)
 
+    tables = take(torch.int16, [SIZE_CLASSES, 256]).numpy().astype(np.int64)
+    shapes = [shape for _, kind, shape in header["tensors"] if kind == "coded"]
+    if sum(math.prod(shape) for shape in shapes) > room:
+        raise ValueError(f"artifact claims more than {room} coded numbers")
+    parts = [(take(torch.int8, [math.prod(shape[:-1])]), take(torch.int8, shape[-1:])) for shape in shapes]
+    classes = [class_of(rows.numpy(), columns.numpy()) for rows, columns in parts]
+    numbers = rans_decode(stream, np.concatenate([np.empty(0, np.uint8), *classes]), tables).view(np.int8)
+    coded = iter(np.split(numbers, np.cumsum([len(part) for part in classes])))
+
     for name, kind, shape in header["tensors"]:
         if kind == "same":
             state[name] = state[shape]
-        elif kind == "rows":
-            values = take(torch.int8, shape)
+        elif kind in ("rows", "coded"):
+            values = take(torch.int8, shape) if kind == "rows" else torch.from_numpy(next(coded))
             scales = take(torch.float16, [math.prod(shape[:-1]), 1])
             state[name] = (values.reshape(-1, shape[-1]).float() * scales.float()).reshape(shape)
         else:
@@ -1003,8 +1153,8 @@ def fill_generated(model: LanguageModel) -> None:
 def load_artifact(blob: bytes, device: torch.device) -> tuple[LanguageModel, ScorePlan, dict]:
     """(model ready to score, how to score with it, header) from the bytes of model.bin and this script alone."""
     try:
-        header, frame = read_header(blob)
-        state = read_tensors(header, frame)
+        header, body = read_header(blob)
+        state = read_tensors(header, body)
         Model, Config = load_architecture(header["arch"])
         with torch.random.fork_rng(devices=[]):  # building a model draws numbers that a later run must not miss
             model = Model(Config(**header["config"]))
@@ -1391,12 +1541,12 @@ def make_result(run: RunConfig, model: LanguageModel, machine: Machine, dataset:
 
 def log_result(log: RunLog, result: dict, bits: int) -> None:
     """The last lines of a run: sizes and score in upstream's words, then everything as one JSON line."""
-    log(f"Serialized model int{bits}+zstd: {result['bytes_model']} bytes")
+    log(f"Serialized model int{bits}+rans: {result['bytes_model']} bytes")
     log(f"Code size: {result['bytes_code']} bytes")
-    log(f"Total submission size int{bits}+zstd: {result['bytes_total']} bytes")
+    log(f"Total submission size int{bits}+rans: {result['bytes_total']} bytes")
     loss, bpb, milliseconds = result["val_loss"], result["val_bpb"], 1000 * result["score_seconds"]
-    log(f"final_int{bits}_zstd_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{milliseconds:.0f}ms")
-    log(f"final_int{bits}_zstd_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+    log(f"final_int{bits}_rans_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{milliseconds:.0f}ms")
+    log(f"final_int{bits}_rans_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     for reason in result["invalid_reasons"]:
         log(f"invalid: {reason}")
     log("result:" + json.dumps(result))
@@ -1450,10 +1600,15 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
 
     log.phase("export")
     settings = (arch, dataset.tokenizer_sha256, plan, outcome.progress, run.quant_bits)
+    settings += (run.quant_clip, run.artifact_bytes)
     blob = store(folder / "model.bin", machine, lambda: pack_artifact(model, *settings))
     log.phase("score")
     began = time.perf_counter()
-    reloaded, plan, _ = load_artifact(blob, machine.device)
+    reloaded, plan, header = load_artifact(blob, machine.device)
+    if run.artifact_bytes:
+        log(f"quant_clip:{header['quant_clip']} bytes_model:{len(blob)} artifact_bytes:{run.artifact_bytes}")
+        if len(blob) > run.artifact_bytes:
+            log(f"over ARTIFACT_BYTES={run.artifact_bytes} at the coarsest clip: lower QUANT_BITS={run.quant_bits}")
     reloaded.compute_dtype = machine.score_dtype
     after = score(reloaded, val_tokens, val_bytes, plan, machine, run.val_batch_size)
     score_seconds = round(time.perf_counter() - began, 3)

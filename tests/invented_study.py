@@ -69,7 +69,8 @@ def make_study(folder: Path) -> None:
     ]  # fmt: skip
     put(folder / "plan.json", {
         "title": "Weights over depth", "about": "A study of invented numbers.", "hardware": "2 cores",
-        "text": "WikiText", "vocab": 1024, "ngram_bpb": {"WikiText": {"unigram": 3.4, "bigram": 2.5}}, "groups": groups, "claims": [],
+        "text": "WikiText", "vocab": 1024, "ngram_bpb": {"WikiText": {"unigram": 3.4, "bigram": 2.5}},
+        "groups": groups, "claims": [],
         "tuning": [{"arm": "gpt", "values": {"0.01": 2.2, "0.02": 2.1, "0.04": 2.3}, "chosen": 0.02}],
     })  # fmt: skip
 

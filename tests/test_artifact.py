@@ -20,21 +20,27 @@ from architectures import load_architecture
 PLAN = train_gpt.ScorePlan(64, 64)
 
 
-def pack(model, bits: int = 8) -> bytes:
-    return train_gpt.pack_artifact(model, "gpt", "ab" * 32, PLAN, 1.0, bits)
+def pack(model, bits: int = 8, *clip_and_most) -> bytes:
+    return train_gpt.pack_artifact(model, "gpt", "ab" * 32, PLAN, 1.0, bits, *clip_and_most)
 
 
-@pytest.fixture(scope="module")
-def blob() -> bytes:
-    return pack(shake(tiny("gpt")))
+def wide():
+    """A model with matrices that are coded and, for its few key heads, one that is not."""
+    return shake(tiny("gpt", model_dim=64, num_layers=2, num_kv_heads=1))
+
+
+@pytest.fixture(scope="module", params=["rows", "coded"])
+def blob(request) -> bytes:
+    return pack(wide() if request.param == "coded" else shake(tiny("gpt")))
 
 
 def stored(blob: bytes) -> dict[str, torch.Tensor]:
     return train_gpt.read_tensors(*train_gpt.read_header(blob))
 
 
-def test_control_tensors_come_back_bit_for_bit_and_matrices_within_half_a_step(blob):
-    model, state = shake(tiny("gpt")), stored(blob)
+@pytest.mark.parametrize("make", [lambda: shake(tiny("gpt")), wide])
+def test_control_tensors_come_back_bit_for_bit_and_matrices_within_half_a_step(make):
+    model, state = make(), stored(pack(make()))
     for name, p in model.named_parameters():
         if train_gpt.is_control(p):
             assert torch.equal(state[name], p)
@@ -97,7 +103,11 @@ def test_loading_needs_no_environment_and_moves_no_random_numbers(blob, monkeypa
     before = torch.get_rng_state()
     model, plan, header = train_gpt.load_artifact(blob, CPU.device)
     assert torch.equal(before, torch.get_rng_state())
-    assert model.config.num_layers == 4 and plan == PLAN and header["tokenizer_sha256"] == "ab" * 32
+    assert (
+        model.config.num_layers == header["config"]["num_layers"] != 7
+        and plan == PLAN
+        and header["tokenizer_sha256"] == "ab" * 32
+    )
 
 
 def forged(blob: bytes, **changes) -> bytes:
@@ -106,7 +116,7 @@ def forged(blob: bytes, **changes) -> bytes:
 
     header, frame = train_gpt.read_header(blob)
     text = json.dumps(header | changes).encode()
-    return train_gpt.ARTIFACT_PREFIX.pack(b"PGOLFKIT", 1, len(text), zlib.crc32(text)) + text + bytes(frame)
+    return train_gpt.ARTIFACT_PREFIX.pack(b"PGOLFKIT", 2, len(text), zlib.crc32(text)) + text + bytes(frame)
 
 
 def test_wrong_files_are_refused_with_one_clear_line(blob):
@@ -117,15 +127,18 @@ def test_wrong_files_are_refused_with_one_clear_line(blob):
         blob[:12]: "does not begin with PGOLFKIT",
         blob[:-1]: "cut short or damaged",
         blob + b"!": "cut short or damaged",
-        head.pack(b"PGOLFKIT", 2, 10, 0) + blob[head.size :]: "artifact version 2; this script reads version 1",
-        head.pack(b"PGOLFKIT", 1, 2**31, 0) + blob[head.size :]: "over the file's end or the limit",
+        head.pack(b"PGOLFKIT", 1, 10, 0) + blob[head.size :]: "artifact version 1; this script reads version 2",
+        head.pack(b"PGOLFKIT", 2, 2**31, 0) + blob[head.size :]: "over the file's end or the limit",
         forged(blob, arch="nothing"): "ARCH=nothing is not a file",
         forged(blob, raw_bytes=None): "artifact claims None bytes of tensors",
         forged(blob, raw_bytes=10): "artifact claims 10 bytes of tensors",
         forged(blob, config={"wings": 2}): "artifact does not fit this script",
-        forged(blob, tensors=[]): "bytes that belong to no tensor",
-        forged(blob, tensors=[["a", "rows", [10**9, 10**9]]]): "does not fit its data",
-        forged(blob, tensors=[["a", "rows", [-1, 5]]]): "does not fit its data",
+        forged(blob, frame_bytes=7): "of tensors, its frame|does not fit this script",
+        forged(blob, tensors=[]): "bytes that belong to no tensor|do not end where they should",
+        forged(blob, tensors=[["a", "coded", [10**9, 10**9]]]): "claims more than",
+        forged(blob, tensors=[["a", "coded", [-1, -5]]]): "does not fit its data",
+        forged(pack(shake(tiny("gpt"))), tensors=[["a", "rows", [10**9, 10**9]]]): "does not fit its data",
+        forged(pack(shake(tiny("gpt"))), tensors=[["a", "rows", [-1, 5]]]): "does not fit its data",
     }
     for content, sentence in cases.items():
         with pytest.raises(ValueError, match=sentence) as caught:
@@ -148,8 +161,8 @@ def test_no_cut_and_no_flipped_bit_gets_through(blob):
 
 def test_forged_headers_never_raise_anything_but_one_line(blob):
     rng, header = random.Random(0), train_gpt.read_header(blob)[0]
-    junk = [None, -1, 0, 1e300, "x", [], {}, [[]], True, [["a"]], [["a", "rows"]], {"seq_len": -1, "stride": 0}]
-    for _ in range(200):
+    junk = [None, -1, 0, 1e300, "x", [], {}, [[]], True, [["a"]], [["a", "coded"]], {"seq_len": -1, "stride": 0}]
+    for _ in range(40):
         key = rng.choice(list(header))
         content = forged(blob, **{key: rng.choice(junk)})
         try:
@@ -198,5 +211,38 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
 
 def test_header_layout_is_what_the_docstring_says(blob):
     magic, version, size, checksum = struct.unpack_from("<8sIII", blob)
-    assert (magic, version) == (b"PGOLFKIT", 1) and zlib.crc32(blob[20 : 20 + size]) == checksum
+    assert (magic, version) == (b"PGOLFKIT", 2) and zlib.crc32(blob[20 : 20 + size]) == checksum
     assert dataclasses.asdict(PLAN) == train_gpt.read_header(blob)[0]["score"]
+
+
+def test_a_clip_is_the_largest_number_of_a_row_in_its_root_mean_squares():
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64)[:, None]
+    values, scales = train_gpt.quantize_rows(weight, 6, 3.0)
+    spread = weight.square().mean(dim=1).sqrt()
+    torch.testing.assert_close(31 * scales.float()[:, 0], 3.0 * spread, rtol=1e-3, atol=0)
+    assert (values.abs().amax(dim=1) == 31).all()
+
+
+@pytest.mark.parametrize("share", [0.8, 0.65, 0.5])
+@pytest.mark.parametrize("bits", [8, 6])
+def test_the_clip_is_widened_until_the_artifact_just_fits(bits, share):
+    plain = pack(wide(), bits)
+    most = int(share * len(plain))
+    blob = pack(wide(), bits, None, most)
+    assert 0.995 * most <= len(blob) <= most and stored(blob).keys() == stored(plain).keys()
+
+
+def test_what_fits_is_packed_as_without_a_limit_and_what_never_fits_at_the_coarsest_clip():
+    plain = pack(wide())
+    assert pack(wide(), 8, None, len(plain)) == plain
+    blob = pack(wide(), 8, None, 100)
+    assert train_gpt.read_header(blob)[0]["quant_clip"] == 127 and len(blob) < 0.5 * len(plain)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(quant_clip=0.5), dict(quant_clip=40.0, quant_bits=6), dict(artifact_bytes=0)]
+)
+def test_a_clip_or_size_that_cannot_be_is_refused(settings):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=f"{name.upper()}={settings[name]} must be"):
+        train_gpt.RunConfig(**settings)

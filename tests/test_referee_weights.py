@@ -188,11 +188,11 @@ def test_bytes_that_belong_to_no_tensor_are_counted(copy, data):
     path = copy / "model_seed1337.bin"
     header, tensors, _ = read_artifact(path.read_bytes())
     blob = write_artifact(header, [*tensors, Tensor(["x"], "uint8", [1000], bytes(1000))], {})
-    length = PREFIX.unpack_from(blob)[2]
+    _, version, length, _ = PREFIX.unpack_from(blob)
     entries = json.loads(blob[PREFIX.size : PREFIX.size + length])
     entries["tensors"].pop()
     raw = json.dumps(entries).encode()
-    path.write_bytes(PREFIX.pack(b"PGOLFKIT", 1, len(raw), zlib.crc32(raw)) + raw + blob[PREFIX.size + length :])
+    path.write_bytes(PREFIX.pack(b"PGOLFKIT", version, len(raw), zlib.crc32(raw)) + raw + blob[PREFIX.size + length :])
     change_script(copy, ("    if position != len(data):\n", "    if False:\n"))
     assert examine(copy, data).problems == ["1,000 bytes of the artifact belong to no tensor"]
 

@@ -54,7 +54,7 @@ def test_log_starts_with_the_settings_and_keeps_upstreams_grammar(finished):
         == 1
     )
     assert any(
-        re.match(r"final_int8_zstd_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}$", line) for line in lines
+        re.match(r"final_int8_rans_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}$", line) for line in lines
     )
 
 

@@ -33,7 +33,7 @@ LAP_SECONDS = 0.5
 
 def newton_schulz(matrix: Tensor, steps: int, polynomial: str = "jordan") -> Tensor:
     """The matrix (R, C), singular values near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
-    x = matrix / ((1.01 if polynomial == "polar" else 1.0) * matrix.norm() + 1e-7)
+    x = matrix / ((1.02 if polynomial == "polar" else 1.0) * matrix.norm() + 1e-7)
     x = x.T if matrix.size(0) > matrix.size(1) else x
     table = MUON_POLYNOMIALS[polynomial]
     for a, b, c in [*table, *steps * table[-1:]][:steps]:

@@ -1,7 +1,8 @@
 """The referee's own reader and writer of model.bin, which shares no code with the script that is judged.
 
 Magic, version, header length and checksum; a JSON header; one zstd frame with the tensors one after another, each as
-all first bytes of its numbers, all second bytes and so on.
+all first bytes of its numbers, all second bytes and so on. In version 2 the numbers of large matrices lie behind that
+frame as tools/referee/rans.py reads them, and what they need for it comes first in the frame.
 """
 
 import hashlib
@@ -14,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import zstandard
 
+from tools.referee.rans import EMPTY, TABLE_BYTES, read_coded
 from tools.untrusted import load_json, text
 
-MAGIC, VERSION, PREFIX = b"PGOLFKIT", 1, struct.Struct("<8sIII")  # magic, version, bytes and crc32 of the header
+MAGIC, VERSIONS, PREFIX = b"PGOLFKIT", (1, 2), struct.Struct("<8sIII")  # magic, version, bytes, crc32 of the header
 DTYPES = {name: np.dtype(name).newbyteorder("<") for name in
           ("float32", "float16", "int64", "int32", "uint8", "int8", "bool")}
 MAX_RAW_BYTES, MAX_TENSORS = 1 << 28, 10_000
@@ -28,7 +30,7 @@ class Foreign(Exception):
 
 
 class Tensor(NamedTuple):
-    """One tensor of an artifact; names are all that share it, data the bytes as they are stored."""
+    """One tensor of an artifact; names are all that share it, data its bytes as they are stored, or were coded."""
 
     names: list[str]
     kind: str
@@ -60,12 +62,18 @@ def read_artifact(blob: bytes) -> tuple[dict, list[Tensor], int]:
     _, version, header_bytes, checksum = PREFIX.unpack_from(blob)
     raw = blob[PREFIX.size : PREFIX.size + header_bytes]
     header, reason = load_json(raw.decode(errors="replace"))
-    if version != VERSION or zlib.crc32(raw) != checksum or not isinstance(header, dict):
+    if version not in VERSIONS or zlib.crc32(raw) != checksum or not isinstance(header, dict):
         raise Foreign(f"its header is damaged or of another version {reason}".strip())
-    frame = blob[PREFIX.size + header_bytes :]
+    body = blob[PREFIX.size + header_bytes :]
     try:
-        data, behind = unpack(frame)
-        tensors, left = split(header["tensors"], data)
+        end = len(body) if version == 1 else header["frame_bytes"]
+        data, behind = unpack(body[:end])
+        coded = []
+        if version > 1:
+            shapes = [shape for _, kind, shape in header["tensors"] if kind == "coded"]
+            coded, used = read_coded(data, body[end:], shapes)
+            data = data[used:]
+        tensors, left = split(header["tensors"], data, coded)
     except (zstandard.ZstdError, TypeError, LookupError, OverflowError, AttributeError, ValueError) as error:
         raise Foreign(f"its tensors cannot be read: {text(str(error))[:200] or type(error).__name__}") from None
     return header, tensors, left + behind
@@ -84,9 +92,9 @@ def unpack(frame: bytes) -> tuple[bytes, int]:
     raise ValueError("they are cut short")
 
 
-def split(entries: list, data: bytes) -> tuple[list[Tensor], int]:
-    """The tensors that lie one after another in the data, and the bytes behind them."""
-    tensors, position = {}, 0
+def split(entries: list, data: bytes, coded: list[bytes]) -> tuple[list[Tensor], int]:
+    """The tensors that lie one after another in the data, and the bytes behind them; coded numbers go to their rows."""
+    tensors, position, numbers = {}, 0, iter(coded)
     if len(entries) > MAX_TENSORS:
         raise ValueError(f"there are {len(entries):,}, more than {MAX_TENSORS:,}")
     for name, kind, shape in entries:
@@ -97,16 +105,18 @@ def split(entries: list, data: bytes) -> tuple[list[Tensor], int]:
         if not all(type(size) is int and size >= 0 for size in shape) or not isinstance(name, str) or name in tensors:
             raise ValueError(f"{text(name)[:100]} has no name of its own or no shape")
         count = math.prod(shape)
-        size = count + 2 * math.prod(shape[:-1]) if kind == "rows" and shape else count * DTYPES[kind].itemsize
+        rows = kind in ("rows", "coded") and shape
+        size = 2 * math.prod(shape[:-1]) + count * (kind == "rows") if rows else count * DTYPES[kind].itemsize
         if position + size > len(data):
             raise ValueError(f"{text(name)[:100]} is longer than its data")
-        tensors[name] = Tensor([name], kind, shape, data[position : position + size])
+        values = next(numbers) if kind == "coded" else b""
+        tensors[name] = Tensor([name], "rows" if rows else kind, shape, values + data[position : position + size])
         position += size
     return list({id(tensor): tensor for tensor in tensors.values()}.values()), len(data) - position
 
 
 def write_artifact(header: dict, tensors: list[Tensor], values: dict[str, np.ndarray]) -> bytes:
-    """A model.bin with other values for some tensors, by their first name."""
+    """A model.bin of the header's version with other values for some tensors, by their first name; nothing is coded."""
     entries, chunks = [], []
     for tensor in tensors:
         kind, data = tensor.kind, tensor.data
@@ -115,8 +125,12 @@ def write_artifact(header: dict, tensors: list[Tensor], values: dict[str, np.nda
             kind, data = value.dtype.name, value.reshape(-1).view(np.uint8).reshape(-1, value.itemsize).T.tobytes()
         entries += [[tensor.name, kind, tensor.shape], *([name, "same", tensor.name] for name in tensor.names[1:])]
         chunks.append(data)
-    payload = b"".join(chunks)
+    version = 2 if "frame_bytes" in header else 1
+    payload = b"".join(chunks if version == 1 else [bytes(TABLE_BYTES), *chunks])
     frame = zstandard.ZstdCompressor(level=1).compress(payload)
-    header = header | {"tensors": entries, "raw_bytes": len(payload), "frame_sha256": hashlib.sha256(frame).hexdigest()}
+    body, header = frame, header | {"tensors": entries, "raw_bytes": len(payload)}
+    if version > 1:
+        body, header["frame_bytes"] = frame + EMPTY, len(frame)
+    header["frame_sha256" if version == 1 else "body_sha256"] = hashlib.sha256(body).hexdigest()
     raw = json.dumps(header, separators=(",", ":")).encode()
-    return PREFIX.pack(MAGIC, VERSION, len(raw), zlib.crc32(raw)) + raw + frame
+    return PREFIX.pack(MAGIC, version, len(raw), zlib.crc32(raw)) + raw + body

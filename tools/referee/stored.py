@@ -2,7 +2,8 @@
 
 A piece counts if it is long enough, is no mere repetition, and if training text, which may be stored, does not have
 it. Looked at are files as they are, text in base64, base85, base16 or as decimal numbers, zstd, zlib, gzip, bzip2, xz
-and lzma streams, and what those hold in turn; in each, text and token numbers. Encryption it does not see through.
+and lzma streams, the tensors of artifacts, and what those hold in turn; in each, text and token numbers. Encryption it
+does not see through.
 """
 
 import ast
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import zstandard
 
+from tools.referee.artifact import MAGIC, Foreign, read_artifact
 from tools.referee.case import Case, Data, is_plain
 from tools.referee.rules import RULES, Found, Table, check
 from tools.referee.texts import SHOWN, Spelling, judges_data, train_shards
@@ -163,6 +165,9 @@ class Files:
             if len(places) > MAX_STREAMS:
                 raise TooMuch(f"have {len(places):,} places that look like {kind} streams")
             yield kind, b"".join(self.take(parts(memoryview(blob)[place:])) for place in places)
+        if blob.startswith(MAGIC):
+            with suppress(Foreign):
+                yield "tensors", self.take(tensor.data for tensor in read_artifact(blob)[1])
         if b"\0" in blob:
             return
         for kind, (pattern, decode) in TEXTS.items():
