@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from architectures.kernels.cross_entropy import MAX_SOFTCAP, softcapped_cross_entropy
+
+FUSED_VOCAB_SIZE = 4096  # from here on the streamed loss beats what torch.compile makes of the plain one
+
 
 @dataclass
 class ModelConfig:
@@ -237,11 +241,15 @@ class LanguageModel(nn.Module):
                 skips.append(x)
         return x
 
-    def logits(self, input_ids: Tensor, start: int = 0) -> Tensor:
-        """fp32 logits (B, T - start, V) of the positions from `start` on: the scored path."""
+    def head_inputs(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """What logits multiplies: normed activations (B, T - start, D) and the head's weight (V, D)."""
         x = rms_norm(self.embed(input_ids).to(self.compute_dtype))  # (B, T, D)
         x = rms_norm(self.backbone(x)[:, start:])
-        head = self.embed.weight if self.head is None else self.head.weight
+        return x, self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """fp32 logits (B, T - start, V) of the positions from `start` on: the scored path."""
+        x, head = self.head_inputs(input_ids, start)
         logits = F.linear(x, head.to(x.dtype)).float()
         return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
 
@@ -252,8 +260,16 @@ class LanguageModel(nn.Module):
             len(input_ids), -1
         )
 
+    def has_fused_loss(self) -> bool:
+        """Whether training_loss streams this head: logits is not overridden, and streaming is the faster way."""
+        pays = self.config.vocab_size >= FUSED_VOCAB_SIZE or not torch.compiler.is_compiling()
+        return pays and type(self).logits is LanguageModel.logits and self.config.logit_softcap <= MAX_SOFTCAP
+
     def training_loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """The scalar to minimise, mean nats by default; never used for scoring."""
+        if self.has_fused_loss():
+            x, head = self.head_inputs(input_ids)
+            return softcapped_cross_entropy(x.flatten(0, 1), head, target_ids.flatten(), self.config.logit_softcap)
         return F.cross_entropy(self.logits(input_ids).flatten(0, 1), target_ids.flatten())
 
     def forward(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:

@@ -205,3 +205,14 @@ def test_imports_only_the_shelf_and_kernels(name):
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(ValueError, match="Did you mean ARCH=gpt"):
         load_architecture("gtp")
+
+
+def test_a_model_streams_its_loss_and_scores_the_same_unless_it_has_logits_of_its_own():
+    class Own(type(tiny("gpt"))):
+        def logits(self, input_ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+            return 2 * super().logits(input_ids, start)
+
+    model, x = shake(tiny("gpt")), some_tokens(3, 65)
+    assert model.has_fused_loss() and not Own(model.config).has_fused_loss()
+    loss, nats = model.training_loss(x[:, :-1], x[:, 1:]), model.nats(x[:, :-1], x[:, 1:])
+    torch.testing.assert_close(loss, nats.mean(), atol=1e-5, rtol=0)

@@ -1,5 +1,6 @@
 """One file that runs alone: the same losses and the same artifact as the repository, settings baked in."""
 
+import re
 import subprocess
 
 import pytest
@@ -63,9 +64,20 @@ def test_two_files_that_define_one_name_are_refused():
 
 
 def test_imports_that_cannot_be_inlined_are_refused(tmp_path):
-    for line in ("from architectures.layers import MLP as M", "def f():\n    from architectures.layers import MLP"):
-        with pytest.raises(ValueError, match="cannot be inlined"):
-            pack.drop_kit_imports(line, tmp_path / "x.py")
+    with pytest.raises(ValueError, match="cannot be inlined"):
+        pack.drop_kit_imports("from architectures.layers import MLP as M", tmp_path / "x.py")
+
+
+def test_kernels_are_in_the_file_and_run_only_where_there_is_cuda(tmp_path):
+    source = pack.flatten("ti_ssm")
+    guard = source.index("if torch.cuda.is_available() and importlib.util.find_spec(")
+    assert source.index("    @triton.jit") > guard > source.index("def chunked_scan")
+    assert not re.search(r"^\s*from architectures", source, flags=re.M)
+    (tmp_path / "p.py").write_text(source.replace("torch.cuda.is_available()", "True"))  # as it runs on CUDA
+    code = "import p, inspect; print(inspect.getsource(p.scan_forward.fn)); print(p.triton_scan.__name__)"
+    env = {k: v for k, v in environment({}).items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "def scan_forward" in done.stdout and "triton_scan" in done.stdout, done.stderr
 
 
 def test_settings_from_the_environment_leave_out_what_differs_between_runs(monkeypatch):

@@ -3,6 +3,7 @@
     python -m tools.bench                            step: tokens per second against a plain fp32 step, choice by choice
     python -m tools.bench archs|startup|prepare|cap  every architecture; start-up and failures; tokenizing; the clock
     python -m tools.bench --archs ti_mlp,ti_ssm      some: parameters, bytes, step time beside gpt's, memory, operations
+    python -m tools.bench --kernels                  every Triton kernel compiled for Hopper, without a GPU
     python -m tools.bench --against SCRIPT           another script that reads upstream's variables, in turns with ours
     BF16=0 python -m tools.bench --layers 9 --dim 512 --heads 8 --kv-heads 4 --seq-len 1024 --tokens 65536
 
@@ -34,13 +35,14 @@ from data.prepare import benchmark, parse_options, prepare
 from data.sources import Source
 from data.tokenizers import train_tokenizer
 from tools.costs import measure_archs
+from tools.hopper import discover, measure_kernels
 from tools.logs import Log, read_log
 from tools.plain_step import compare, interleave, measure_step, table
 from train_gpt import Machine, RunConfig, hardware_name, pick_device, read_settings, save_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train_gpt.py"
-ROUNDS = {"step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20}
+ROUNDS = {"step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20, "kernels": 1}
 SHAPE = {  # option: (its setting, the value where neither option nor environment has one; --against has none of these)
     "--arch": ("ARCH", "gpt"), "--layers": ("NUM_LAYERS", "4"), "--dim": ("MODEL_DIM", "128"),
     "--heads": ("NUM_HEADS", "4"), "--kv-heads": ("NUM_KV_HEADS", "2"), "--seq-len": ("TRAIN_SEQ_LEN", "256"),
@@ -205,6 +207,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("part", nargs="?", choices=sorted(ROUNDS.keys() - {"against"}), default="step")
     parser.add_argument("--against", type=Path, metavar="SCRIPT")
     parser.add_argument("--archs", metavar="A,B", help="the part archs, for these architectures alone, or all")
+    parser.add_argument("--kernels", action="store_true", help="the part kernels")
     parser.add_argument("--rounds", type=int, metavar="N", help=f"default {ROUNDS}; of cap: runs")
     parser.add_argument("--data", dest="DATA_PATH", metavar="FOLDER", help="for cap and --against")
     parser.add_argument("--documents", type=Path, metavar="JSONL", help="for prepare; default Python's documentation")
@@ -217,7 +220,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
-    part = "against" if options.against else "archs" if options.archs else options.part
+    asked = dict(against=options.against, archs=options.archs, kernels=options.kernels)
+    part = next((name for name, value in asked.items() if value), options.part)
     archs = None if options.archs in (None, "all") else options.archs.split(",")
     rounds = options.rounds or ROUNDS[part]
     given = {name: value for name, value in vars(options).items() if name.isupper() and value}
@@ -239,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
             "startup": lambda: measure_startup(env, rounds),
             "prepare": lambda: measure_prepare(options.documents, rounds),
             "against": lambda: measure_against(options.against, env, rounds),
+            "kernels": lambda: measure_kernels(discover()),
             "cap": lambda: measure_cap(env, caps, json.loads(path.read_text()) if path.exists() else {}, save),
         }
         found = parts[part]()

@@ -15,6 +15,7 @@ import lzma
 import os
 import re
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -28,6 +29,9 @@ linecache.cache["packed"]=len(s),None,s.splitlines(True),"packed"
 exec(compile(s,"packed","exec"))
 """
 KIT_IMPORT = re.compile(r"^# BEGIN KIT IMPORT.*?^# END KIT IMPORT\n", flags=re.M | re.S)
+ON_CUDA = """if torch.cuda.is_available() and importlib.util.find_spec("triton"):  # what is imported only where it is used
+
+"""
 INLINED = '''{banner}
 
 def load_architecture(name: str):
@@ -54,34 +58,41 @@ def drop_kit_imports(source: str, path: Path) -> str:
     for node in kit_imports(source):
         if any(alias.asname for alias in node.names):
             raise ValueError(f"{path.name}: an aliased kit import cannot be inlined: {ast.unparse(node)}")
-        if node.col_offset:
-            raise ValueError(f"{path.name}: a kit import inside a function cannot be inlined: {ast.unparse(node)}")
         lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
     return "\n".join(line for line in lines if line is not None).strip() + "\n"
 
 
-def kit_parts(arch: str) -> list[Path]:
-    """The files that an architecture needs, each after those that it imports: shelf, kernels, architecture."""
+def imported_files(node: ast.ImportFrom) -> list[Path]:
+    """The files of the kit that an import names."""
+    module = ROOT / Path(*node.module.split("."))
+    names = [module / alias.name for alias in node.names] if module.is_dir() else [module]
+    return [name.with_suffix(".py") for name in names]
+
+
+def kit_parts(arch: str) -> tuple[list[Path], list[Path]]:
+    """The files that an architecture needs, each after those that it imports: shelf, kernels, architecture.
+
+    The second list has those that are imported inside functions alone: kernels, which not every machine can import.
+    """
     order: list[Path] = []
 
-    def visit(path: Path) -> None:
+    def visit(path: Path, found: list[Path]) -> None:
         if not path.is_file():
             raise ValueError(f"{path.relative_to(ROOT)} does not exist")
         for node in kit_imports(path.read_text()):
-            module = ROOT / Path(*node.module.split("."))
-            inner = (
-                [module / f"{alias.name}.py" for alias in node.names]
-                if module.is_dir()
-                else [module.with_suffix(".py")]
-            )
-            for other in inner:
-                visit(other)
-        if path not in order:
-            order.append(path)
+            for other in imported_files(node) if not node.col_offset else ():
+                visit(other, found)
+        if path not in [*order, *found]:
+            found.append(path)
 
-    visit(ROOT / "architectures/layers.py")
-    visit(ROOT / f"architectures/{arch}.py")
-    return order
+    visit(ROOT / "architectures/layers.py", order)
+    visit(ROOT / f"architectures/{arch}.py", order)
+    later: list[Path] = []
+    for path in order:
+        for node in kit_imports(path.read_text()):
+            for other in imported_files(node) if node.col_offset else ():
+                visit(other, later)
+    return order, later
 
 
 def top_level_names(source: str) -> set[str]:
@@ -139,14 +150,17 @@ def settings_from_env(arch: str) -> dict[str, str]:
 
 def flatten(arch: str, settings: dict[str, str] | None = None) -> str:
     """train_gpt.py with the kit files put in place of its marked import lines."""
-    paths = kit_parts(arch)
+    paths, later = kit_parts(arch)
     script = (ROOT / "train_gpt.py").read_text()
     if len(KIT_IMPORT.findall(script)) != 1:
         raise ValueError("train_gpt.py must contain the BEGIN KIT IMPORT and END KIT IMPORT lines exactly once")
-    parts = {path.name: drop_kit_imports(path.read_text(), path) for path in paths}
+    parts = {path.name: drop_kit_imports(path.read_text(), path) for path in [*paths, *later]}
     refuse_clashes(parts | {"train_gpt.py": KIT_IMPORT.sub("", script)})
     line = "# " + "-" * 77
-    files = "".join(f"{line}\n# {path.relative_to(ROOT)}\n\n{parts[path.name]}\n\n" for path in paths)
+    titled = {path: f"{line}\n# {path.relative_to(ROOT)}\n\n{parts[path.name]}\n\n" for path in [*paths, *later]}
+    files = "".join(titled[path] for path in paths)
+    if later:
+        files += ON_CUDA + textwrap.indent("".join(titled[path] for path in later), "    ")
     inlined = INLINED.format(
         banner=f"{line}\n# This file: ARCH={arch}, settings baked in.\n",
         arch=arch,

@@ -3,11 +3,14 @@
 Letters: B batch, T time, G key groups, H heads (G divides H), N key dim, P value dim of a head, C chunks of Q steps.
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_SIZE = 64
+HAS_TRITON = find_spec("triton") is not None
 
 
 def naive_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -45,7 +48,12 @@ def chunked_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size:
     """naive_scan by the state-space duality (Dao and Gu 2024, https://arxiv.org/abs/2405.21060).
 
     Within a chunk y = ((q k^T) * decay) v; between chunks the summed states travel. log_decay is at most 0 and fp32.
+    In bf16 on CUDA the same is computed by Triton kernels, whose chunks have their own size.
     """
+    if HAS_TRITON and v.is_cuda and q.dtype == k.dtype == v.dtype == torch.bfloat16:
+        from architectures.kernels.scan_op import triton_scan
+
+        return triton_scan(q, k, v, log_decay)
     (_, T, H, P), (G, N), Q = v.shape, q.shape[2:], chunk_size
     q, k, v = (in_chunks(x, Q) for x in (q, k, v))  # (B, C, Q, G, N), twice, and (B, C, Q, H, P)
     log_decay = in_chunks(log_decay.float(), Q).cumsum(dim=2)  # (B, C, Q, H): from the chunk's beginning on

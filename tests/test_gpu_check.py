@@ -1,0 +1,39 @@
+"""tools.gpu_check, as far as a machine without CUDA can try it."""
+
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from tools import gpu_check
+
+
+def test_kernels_agree_with_float64_and_a_wrong_one_does_not():
+    found = gpu_check.parity("cpu", shapes=((1, 130, 1, 2, 16, 32),))
+    assert found["ok"] and len(found["rows"]) == 8 and all(0 < row["worst"] < 0.02 for row in found["rows"])
+    wrong = gpu_check.errors(lambda x: x * 1.1, lambda x: x, [torch.ones(3)])
+    assert wrong == {"output": pytest.approx(0.1), "gradient 0": pytest.approx(0.1)}
+
+
+def test_kernels_are_timed_in_turns_with_what_they_replace():
+    found = gpu_check.kernels("cpu", tokens=256, lengths=(64, 128), rounds=2)
+    assert [row["what"] for row in found["rows"][:4]] == [
+        "attention T=64", "scan T=64", "attention T=128", "scan T=128",
+    ]  # fmt: skip
+    assert all(row["n"] == 2 and row["min_ms"] > 0 for row in found["rows"]) and len(found["rows"]) == 8
+
+
+def test_a_long_run_goes_on_between_two_calls(data, tmp_path, monkeypatch):
+    for name, value in (TINY | dict(DATA_PATH=data, VAL_MAX_TOKENS=500)).items():
+        monkeypatch.setenv(name, str(value))
+    first = gpu_check.long_run(tmp_path / "folder", seconds=600, wait=0)
+    assert not first["ok"] and "call this part again" in first["notes"][0]
+    second = gpu_check.long_run(tmp_path / "folder", seconds=600, wait=120)
+    assert second["rows"][0]["steps"] == 8 and second["log"][-1].startswith("result:")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_without_cuda_it_says_so_in_a_sentence():
+    done = subprocess.run([ROOT / "tools/gpu_check.sh"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: gpu_check needs a CUDA device, and PyTorch finds none here\n"

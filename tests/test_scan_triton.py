@@ -1,0 +1,200 @@
+"""The Triton scan equals the definition at sizes that do not fit its tiles; checked in Triton's interpreter, in fp32.
+
+The interpreter is chosen before Triton is imported, so everything that runs a kernel does so in one other process: this
+file as a script. (In bf16 Triton 3.9's interpreter multiplies bit patterns, so there is nothing to compare.)
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if find_spec("triton") is None:
+    pytest.skip("Triton, which these kernels are written in, is not installed", allow_module_level=True)
+
+from architectures.kernels import scan_cases, scan_op
+from architectures.kernels.scan import chunked_scan, naive_scan
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = {  # (T, G, H, N, P, steps of a segment or as planned), steps that are resets
+    "one chunk": ((37, 1, 1, 16, 32, None), []),
+    "ragged": ((65, 2, 2, 64, 64, None), []),
+    "three segments, two heads of a group": ((130, 1, 2, 32, 16, 64), []),
+    "four segments, last one short": ((200, 2, 4, 16, 48, 64), []),
+    "tiles of N": ((200, 1, 1, 128, 64, 128), []),
+    "tiles of P": ((100, 1, 2, 64, 128, None), []),
+    "resets at segments and one after another": ((140, 1, 1, 16, 16, 64), [10, 64, 127, 128]),
+}
+SHAPE = (1, 200, 1, 2, 96, 64)  # (B, T, G, H, N, P) of what is counted
+
+
+def inputs(T: int, G: int, H: int, N: int, P: int, resets: list[int] = ()) -> list[torch.Tensor]:
+    """q, k, v, log_decay, in which resets are -64 and -inf in turns."""
+    g = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(1, T, *shape, generator=g) for shape in ((G, N), (G, N), (H, P)))
+    log_decay = -torch.rand(1, T, H, generator=g) * torch.logspace(-3, 0.5, H)
+    for i, t in enumerate(resets):
+        log_decay[:, t] = (-64.0, -torch.inf)[i % 2]
+    return [x.requires_grad_() for x in (q / N**0.5, k, v, log_decay)]
+
+
+def outputs(scan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """y and the gradients of a weighted sum of it."""
+    y = scan(*tensors)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    return [y, *torch.autograd.grad((y * weights).sum(), tensors)]
+
+
+def errors(shape: tuple, resets: list[int]) -> list[float]:
+    """Largest errors of y, dq, dk, dv, dg against the definition in fp64, over the largest value."""
+    *shape, length = shape
+    tensors = inputs(*shape, resets)
+    got = outputs(lambda *x: scan_op.triton_scan(*x, segment_length=length), tensors)
+    wanted = outputs(naive_scan, [x.detach().double().requires_grad_() for x in tensors])
+    return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, wanted, strict=True)]
+
+
+def at_resets() -> list[float]:
+    """(gradient of the log decay at resets, how far a document's gradients move with the next document)."""
+    tensors = inputs(100, 1, 1, 16, 16, [40, 70])
+    first = outputs(scan_op.triton_scan, tensors)[4]
+    with torch.no_grad():
+        for x in tensors[:3]:
+            x[:, 70:] *= 3
+    second = outputs(scan_op.triton_scan, tensors)[4]
+    return [first[:, [40, 70]].abs().max().item(), (first - second)[:, :70].abs().max().item()]
+
+
+def compiled_difference() -> float:
+    """Between torch.compile without graph breaks, forward and backward, and eager."""
+    tensors = inputs(70, 1, 2, 16, 16)
+    compiled = torch.compile(scan_op.triton_scan, fullgraph=True, backend="aot_eager")
+    pairs = zip(outputs(compiled, tensors), outputs(scan_op.triton_scan, tensors), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def counted() -> list[list[int]]:
+    """Bytes that kernels move and operations of their products, as the interpreter saw and as scan_cases counts."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found = [0, 0]
+
+    def watch(name: str, cost) -> None:
+        plain = getattr(InterpreterBuilder, name)
+
+        def watched(self, *args):
+            index, amount = cost(*args)
+            found[index] += amount
+            return plain(self, *args)
+
+        setattr(InterpreterBuilder, name, watched)
+
+    watch(
+        "create_masked_load", lambda x, mask, *_: (0, int(mask.data.sum()) * x.get_element_ty().primitive_bitwidth // 8)
+    )
+    watch("create_masked_store", lambda x, value, mask, *_: (0, int(mask.data.sum()) * value.data.itemsize))
+    watch("create_dot", lambda a, b, *_: (1, 2 * a.data.size * b.data.shape[-1]))
+    scan_op.MIN_SEGMENT = 32  # four segments
+    outputs(scan_op.triton_scan, inputs(*SHAPE[1:]))
+    costs = scan_cases.count(*SHAPE, value_bytes=4)
+    del costs["sums"]  # by PyTorch
+    bytes_moved = sum(size for size, _ in costs.values())
+    return [found, [bytes_moved, sum(n for name, (_, n) in costs.items() if not name.startswith("join"))]]
+
+
+def op_checks() -> str:
+    tensors = [x.detach().requires_grad_() for x in inputs(70, 1, 2, 16, 16)]
+    found = torch.library.opcheck(scan_op.fused_scan, (*tensors, 64))
+    return " ".join(sorted(set(found.values())))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict:
+    """What this file finds when it runs as a script in the interpreter."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_triton_scan_and_its_gradients_equal_the_sequential_loop(interpreted, name):
+    assert max(interpreted["errors"][name]) <= (2e-5 if CASES[name][1] else 1e-6)
+
+
+def test_a_reset_has_no_gradient_and_keeps_those_of_documents_apart(interpreted):
+    assert interpreted["at_resets"] == [0, 0]
+
+
+def test_the_scan_compiles_without_graph_breaks(interpreted):
+    assert interpreted["compiled_difference"] == 0
+
+
+def test_the_operator_is_registered_as_pytorch_wants_it(interpreted):
+    assert interpreted["op_checks"] == "SUCCESS"
+
+
+def test_counted_costs_are_what_the_kernels_load_store_and_multiply(interpreted):
+    found, counted = interpreted["counted"]
+    assert found == counted
+
+
+def test_the_scan_moves_at_most_half_more_than_each_pass_must():
+    shape = (32, 2048, 8, 8, 64, 64)  # 65,536 tokens
+    moved = sum(size for size, _ in scan_cases.count(*shape).values())
+    assert moved <= 1.5 * scan_cases.least_bytes(*shape)
+
+
+@pytest.mark.parametrize("B", [1, 3, 64])
+@pytest.mark.parametrize("T", [1, 640, 65_536])
+def test_time_is_cut_only_where_heads_leave_multiprocessors_idle(B, T):
+    steps = scan_op.segment_steps(B, T, H=8, N=64, P=64)
+    segments = -(-T // steps)
+    assert steps % scan_op.ROWS == 0 and (segments == 1 or B * 8 * (segments // 2) < scan_op.NUM_MULTIPROCESSORS)
+    assert segments == 1 or steps >= scan_op.MIN_SEGMENT
+    assert B * 8 * segments >= scan_op.NUM_MULTIPROCESSORS or 2 * segments * scan_op.MIN_SEGMENT > T
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_chunked_scan_takes_the_kernels_on_cuda_alone(device):
+    """By shapes only, which needs no GPU."""
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Watch():
+        q, k, v = (torch.empty(2, 300, *shape, device=device).bfloat16() for shape in ((1, 64), (1, 64), (8, 48)))
+        y = chunked_scan(q, k, v, torch.empty(2, 300, 8, device=device))
+    assert y.shape == v.shape and y.dtype == v.dtype
+    assert ("golf.scan.default" in called) is (device == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda q, k, v, g: (q, k[:, 1:], v, g), "shapes"),
+        (lambda q, k, v, g: (q, k, v[:, :, :3], g[:, :, :3]), "must be"),
+        (lambda q, k, v, g: (q, k.bfloat16(), v, g), "make all bfloat16 or all float32"),
+        (lambda q, k, v, g: (q, k, v, g, 100), "segment_length=100 must be a multiple of 64"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        scan_op.triton_scan(*change(*inputs(8, 2, 4, 16, 16)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = dict(errors={name: errors(*case) for name, case in CASES.items()}, at_resets=at_resets())
+    found |= dict(compiled_difference=compiled_difference(), op_checks=op_checks(), counted=counted())
+    print(json.dumps(found))

@@ -1,0 +1,207 @@
+"""Checks on a CUDA machine: kernels against float64 and against attention, every architecture, the step, a run.
+
+    python -m tools.gpu_check [parity|kernels|archs|step|run ...]      tools/gpu_check.sh installs what it needs first
+
+A part whose JSON is there is shown and not repeated; --again repeats it. `run` trains for ten minutes in a process of
+its own and is asked again until that has ended.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from architectures.kernels.cross_entropy import naive_cross_entropy, softcapped_cross_entropy
+from architectures.kernels.scan import chunked_scan, naive_scan
+from architectures.layers import causal_attention
+from tools.plain_step import compare, interleave, table
+from train_gpt import Machine, choose_attention, hardware_name, read_settings, save_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("parity", "kernels", "archs", "step", "run")
+PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}  # bf16, dense
+TOLERANCE = {torch.float32: 4e-3, torch.bfloat16: 2e-2}  # relative, of output and gradients; fp32 products are tf32
+WAIT_SECONDS = 420
+UPSTREAM = dict(NUM_LAYERS="9", MODEL_DIM="512", NUM_HEADS="8", NUM_KV_HEADS="4", TRAIN_SEQ_LEN="1024")
+UPSTREAM |= dict(VOCAB_SIZE="1024")
+LENGTHS = (1024, 2048, 4096, 8192)
+SHAPES = ((2, 130, 1, 2, 64, 64), (1, 517, 4, 4, 64, 64), (2, 300, 2, 4, 128, 64), (1, 2048, 2, 2, 32, 64))
+
+
+def relative_error(found: Tensor, true: Tensor) -> float:
+    """|found - true| over |true|, in the root mean square."""
+    return ((found.double() - true.double()).norm() / true.double().norm().clamp(min=1e-30)).item()
+
+
+def errors(fast: Callable, exact: Callable, inputs: list[Tensor]) -> dict[str, float]:
+    """Relative errors of a function's output and of its gradients, against another in float64 on the same inputs."""
+    results = []
+    for function, dtype in ((fast, None), (exact, torch.float64)):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    names = ["output", *(f"gradient {i}" for i in range(len(inputs)))]
+    return {name: relative_error(a, b) for name, a, b in zip(names, *results, strict=True)}
+
+
+def scan_inputs(B: int, T: int, G: int, H: int, N: int, P: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """q, k, v and log_decay with a reset."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(B, T, G, N, generator=g) / N**0.5 for _ in "qk")
+    v, log_decay = torch.randn(B, T, H, P, generator=g), -torch.rand(B, T, H, generator=g)
+    log_decay[:, T // 2] = -100.0
+    return [*(x.to(device, dtype) for x in (q, k, v)), log_decay.to(device)]
+
+
+def parity(device: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> dict:
+    """Every kernel's output and gradients against float64."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in shapes:
+            found = errors(chunked_scan, naive_scan, scan_inputs(*shape, dtype, device))
+            rows.append(dict(what=f"scan {shape}", dtype=str(dtype), worst=max(found.values())) | found)
+        for M, D, V in ((1000, 512, 1024), (777, 384, 8192), (64, 256, 260)):
+            h, w = (torch.randn(n, D, generator=torch.Generator().manual_seed(0)).to(device, dtype) for n in (M, V))
+            targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(2)).to(device)
+            found = errors(
+                lambda h, w, t=targets: softcapped_cross_entropy(h, w, t, 30.0),
+                lambda h, w, t=targets: naive_cross_entropy(h, w, t, 30.0), [h, w],
+            )  # fmt: skip
+            rows.append(dict(what=f"cross-entropy {(M, D, V)}", dtype=str(dtype), worst=max(found.values())) | found)
+    late = [row for row in rows if row["worst"] > TOLERANCE[getattr(torch, row["dtype"].removeprefix("torch."))]]
+    notes = [f"FAIL {row['what']} {row['dtype']}: {row['worst']:.4f}" for row in late]
+    return dict(rows=rows, notes=notes or ["ok   every kernel agrees with float64"], ok=not late)
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds of work, its backward pass included, waited for."""
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def kernels(device: str, tokens: int = 65_536, lengths: tuple[int, ...] = LENGTHS, rounds: int = 20) -> dict:
+    """The scan beside attention, and the cross-entropy beside the plain one, forward and backward, in turns."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows, raw = [], {}
+    for T in lengths:
+        inputs = [x.requires_grad_() for x in scan_inputs(tokens // T, T, 8, 8, 64, 64, dtype, device)]
+        q, k, v = (torch.randn(tokens // T, 8, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
+        laps = {
+            "attention": lambda q=q, k=k, v=v: torch.autograd.grad(causal_attention(q, k, v).sum(), (q, k, v)),
+            "scan": lambda x=inputs: torch.autograd.grad(chunked_scan(*x).sum(), x),
+        }
+        for work in laps.values():
+            work()
+        raw[f"T={T}"] = interleave({n: lambda w=w: timed(w, device) for n, w in laps.items()}, rounds)
+        rows += [row | dict(what=f"{row['what']} T={T}") for row in compare(raw[f"T={T}"], "attention")]
+    for V in (1024, 8192):
+        h, w = (torch.randn(n, 512, device=device, dtype=dtype, requires_grad=True) for n in (tokens, V))
+        targets = torch.randint(V, (tokens,), device=device)
+        laps = {
+            "eager": lambda h=h, w=w, t=targets: torch.autograd.grad(naive_cross_entropy(h, w, t, 30.0), (h, w)),
+            "fused": lambda h=h, w=w, t=targets: torch.autograd.grad(softcapped_cross_entropy(h, w, t, 30.0), (h, w)),
+        }
+        memory = {}
+        for name, work in laps.items():
+            work()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                work()
+                memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        raw[f"V={V}"] = interleave({n: lambda w=w: timed(w, device) for n, w in laps.items()}, rounds)
+        rows += [row | dict(what=f"cross-entropy {row['what']} V={V}", peak_mb=memory.get(row["what"]))
+                 for row in compare(raw[f"V={V}"], "eager")]  # fmt: skip
+    return dict(rows=rows, raw_seconds=raw, notes=[f"{tokens} tokens, 8 heads of 64, forward and backward"], ok=True)
+
+
+def bench(*arguments: str) -> dict:
+    """A part of tools.bench at upstream's shape, its JSON; it prints its own table."""
+    folder = ROOT / "runs" / "gpu_check"
+    command = [sys.executable, "-m", "tools.bench", *arguments, "--out", str(folder)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | UPSTREAM, check=False)
+    part = "archs" if "--archs" in arguments else "step"
+    return json.loads(max(folder.glob(f"{part}_*.json"), key=lambda path: path.stat().st_mtime).read_text())
+
+
+def step(hardware: str) -> dict:
+    """Tokens per second of the kit's step beside the plain one, and its share of the matrix units' peak."""
+    _, _, config = read_settings(UPSTREAM)
+    attention = choose_attention(config, Machine(torch.device("cuda"), dtype=torch.bfloat16), 64)
+    found = bench("step", "--rounds", "5", "--tokens", "524288")
+    params = config.num_params() * 6 + 12 * config.num_layers * config.train_seq_len * config.model_dim // 2
+    peak = next((value for name, value in PEAK_TFLOPS.items() if name in hardware), None)
+    for row in found["rows"]:
+        row["mfu"] = peak and row["tokens_per_second"] * params / peak / 1e12
+    found["notes"].append(f"attention: {attention}; mfu: 6 operations per parameter and token, causal attention halved")
+    return found
+
+
+def long_run(folder: Path, seconds: int, wait: float) -> dict:
+    """Ten minutes of training in a process of its own, begun by the first call; ok once its result is there."""
+    log = folder / "run" / "train.log"
+    if not log.is_file():
+        env = os.environ | dict(OUT_DIR=str(folder), RUN_ID="run", MAX_WALLCLOCK_SECONDS=str(seconds))
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "output.txt").open("w") as output:
+            subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=ROOT, stdout=output,
+                             stderr=output, start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + wait
+    while time.monotonic() < deadline:
+        lines = log.read_text().splitlines() if log.is_file() else []
+        if lines and lines[-1].startswith("result:"):
+            result = json.loads(lines[-1].removeprefix("result:"))
+            kept = ("val_bpb", "steps", "step_avg_ms", "train_seconds", "bytes_total", "valid", "dataset", "hardware")
+            return dict(rows=[{name: result[name] for name in kept}], log=lines, notes=[], ok=result["valid"])
+        time.sleep(1)
+    said = (folder / "output.txt").read_text().splitlines()[-1:]
+    return dict(rows=[], notes=[f"the run has not ended; last line: {said}; call this part again"], ok=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "records" / "benchmarks")
+    options = parser.parse_args(argv)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"{unknown.pop()} is no part; there are {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        print("error: gpu_check needs a CUDA device, and PyTorch finds none here", file=sys.stderr)
+        return 2
+    hardware, ok = hardware_name(Machine(torch.device("cuda"))), True
+    slug = re.sub("[^a-z0-9]+", "_", hardware.lower()).strip("_")
+    parts = {
+        "parity": lambda: parity("cuda"), "kernels": lambda: kernels("cuda"), "step": lambda: step(hardware),
+        "archs": lambda: bench("--archs", "all", "--rounds", "3", "--tokens", "65536"),
+        "run": lambda: long_run(ROOT / "runs" / "gpu_check", 600, WAIT_SECONDS),
+    }  # fmt: skip
+    for part in options.parts or PARTS:
+        path = options.out / f"gpu_check_{part}_{slug}.json"
+        if options.again or not path.is_file():
+            head = dict(part=part, date=time.strftime("%Y-%m-%d"), hardware=hardware, torch=torch.__version__)
+            found = head | dict(python=platform.python_version()) | parts[part]()
+            if found["ok"] or part != "run":
+                save_atomically(path, json.dumps(found, indent=1).encode() + b"\n")
+        else:
+            found = json.loads(path.read_text())
+        print("\n".join([f"== {part}", table(found["rows"]) if found["rows"] else "", *found["notes"]]))
+        ok &= found["ok"]
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Everything that only a CUDA machine can tell, part by part; what is done is not done again.
+#   tools/gpu_check.sh                     all parts: parity kernels archs step run
+#   tools/gpu_check.sh parity step         these
+#   DATA_PATH=data/datasets/NAME tools/gpu_check.sh run     ten minutes of training; call again until it has ended
+# It wants PyTorch with CUDA and Triton, and from WHEELS (a folder of wheels) or PyPI what else requirements.txt names
+# for the run. Each part ends within eight minutes. Results: records/benchmarks/gpu_check_<part>_<machine>.json
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+missing=()
+for package in numpy zstandard sentencepiece tqdm; do
+    "$python" -c "import $package" 2>/dev/null || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+    source=(); [ -z "${WHEELS:-}" ] || source=(--no-index --find-links "$WHEELS")
+    "$python" -m pip install --quiet --disable-pip-version-check "${source[@]}" "${missing[@]}" \
+        || { echo "error: ${missing[*]} cannot be installed; put their wheels into a folder and name it in WHEELS" >&2; exit 1; }
+fi
+exec "$python" -m tools.gpu_check "$@"
