@@ -29,7 +29,7 @@ linecache.cache["packed"]=len(s),None,s.splitlines(True),"packed"
 exec(compile(s,"packed","exec"))
 """
 KIT_IMPORT = re.compile(r"^# BEGIN KIT IMPORT.*?^# END KIT IMPORT\n", flags=re.M | re.S)
-ON_CUDA = """if torch.cuda.is_available() and importlib.util.find_spec("triton"):  # what is imported only where it is used
+ON_CUDA = """if torch.cuda.is_available() and importlib.util.find_spec("triton"):  # imported only where used
 
 """
 INLINED = '''{banner}
