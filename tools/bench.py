@@ -4,6 +4,7 @@
     python -m tools.bench archs|startup|prepare|cap  every architecture; start-up and failures; tokenizing; the clock
     python -m tools.bench --archs ti_mlp,ti_ssm      some: parameters, bytes, step time beside gpt's, memory, operations
     python -m tools.bench --kernels                  every Triton kernel compiled for Hopper, without a GPU
+    python -m tools.bench scan                       on CPU: the scan beside attention, the streamed loss beside eager
     python -m tools.bench --against SCRIPT           another script that reads upstream's variables, in turns with ours
     BF16=0 python -m tools.bench --layers 9 --dim 512 --heads 8 --kv-heads 4 --seq-len 1024 --tokens 65536
 
@@ -35,6 +36,7 @@ from data.prepare import benchmark, parse_options, prepare
 from data.sources import Source
 from data.tokenizers import train_tokenizer
 from tools.costs import measure_archs
+from tools.gpu_check import kernels as compare_kernels
 from tools.hopper import discover, measure_kernels
 from tools.logs import Log, read_log
 from tools.plain_step import compare, interleave, measure_step, table
@@ -42,7 +44,7 @@ from train_gpt import Machine, RunConfig, hardware_name, pick_device, read_setti
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train_gpt.py"
-ROUNDS = {"step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20, "kernels": 1}
+ROUNDS = {"step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20, "kernels": 1, "scan": 10}
 SHAPE = {  # option: (its setting, the value where neither option nor environment has one; --against has none of these)
     "--arch": ("ARCH", "gpt"), "--layers": ("NUM_LAYERS", "4"), "--dim": ("MODEL_DIM", "128"),
     "--heads": ("NUM_HEADS", "4"), "--kv-heads": ("NUM_KV_HEADS", "2"), "--seq-len": ("TRAIN_SEQ_LEN", "256"),
@@ -244,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
             "prepare": lambda: measure_prepare(options.documents, rounds),
             "against": lambda: measure_against(options.against, env, rounds),
             "kernels": lambda: measure_kernels(discover()),
+            "scan": lambda: compare_kernels("cpu", 4096, (512, 1024, 2048, 4096), rounds),
             "cap": lambda: measure_cap(env, caps, json.loads(path.read_text()) if path.exists() else {}, save),
         }
         found = parts[part]()
