@@ -110,9 +110,12 @@ def counted() -> list[list[int]]:
 
 
 def op_checks() -> str:
-    tensors = [x.detach().requires_grad_() for x in inputs(70, 1, 2, 16, 16)]
-    found = torch.library.opcheck(scan_op.fused_scan, (*tensors, 64))
-    return " ".join(sorted(set(found.values())))
+    q, k, v, g = inputs(70, 1, 2, 16, 32)
+    found = torch.library.opcheck(scan_op.fused_scan, (q, k, v, g, 64))
+    q, k, v, g = (x.detach() for x in (q, k, v, g))
+    y, starts = scan_op.fused_scan(q, k, v, g, 64)
+    backward = torch.library.opcheck(scan_op.fused_scan_backward, (y, q, k, v, g, starts, 64))
+    return " ".join(sorted({*found.values(), *backward.values()}))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_the_scan_compiles_without_graph_breaks(interpreted):
     assert interpreted["compiled_difference"] == 0
 
 
-def test_the_operator_is_registered_as_pytorch_wants_it(interpreted):
+def test_the_operators_are_registered_as_pytorch_wants_them(interpreted):
     assert interpreted["op_checks"] == "SUCCESS"
 
 

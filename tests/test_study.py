@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY, result_of, run_script
+from conftest import ROOT, TINY, result_of, run_script
 
 from tools.ablate import main as ablate
 from tools.costs import forward_flops, peak_megabytes, stored_bytes
@@ -177,7 +177,10 @@ def test_a_study_runs_what_is_missing_and_goes_on_where_it_was(write, capsys, mo
     assert (folder / "README.md").is_file() and (folder / "results_table.tex").is_file()
     costs = [json.loads(p.read_text()) for p in (folder / "measures").glob("*.json")]
     assert len(costs) == 2 and all(cost["step_ms"] > 0 for cost in costs)
-    gone = next(key for key, row in rows.items() if row["seed"] == 2)
+    assert sorted(path.stem for path in (folder / "code").iterdir()) == ["gpt", "ti_mlp"]
+    assert [row["gates"] is None for row in rows.values()] == [row["arch"] == "gpt" for row in rows.values()]
+    (folder / "code" / "gpt.py").write_text((folder / "code" / "gpt.py").read_text() + "# the study's own\n")
+    gone = next(key for key, row in rows.items() if (row["seed"], row["arch"]) == (2, "gpt"))
     times = {p: p.stat().st_mtime_ns for p in (folder / "runs").glob("*.json")}
     (folder / "runs" / f"{gone}.json").unlink()
     capsys.readouterr()
@@ -186,6 +189,7 @@ def test_a_study_runs_what_is_missing_and_goes_on_where_it_was(write, capsys, mo
     changed = [p.stem for p, before in times.items() if p.stat().st_mtime_ns != before]
     again = json.loads((folder / "runs" / f"{gone}.json").read_text())
     assert changed == [gone] and again["val_bpb"] == rows[gone]["val_bpb"]
+    assert again["code_sha256"] != rows[gone]["code_sha256"]  # it ran the code of the study, not that of the kit
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(write, capsys):
@@ -215,4 +219,4 @@ def test_the_bigram_table_beats_the_unigram_table_and_both_are_those_of_the_coun
 def test_the_score_of_the_training_text_is_that_of_the_artifact(data, tmp_path):
     env = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="a", ITERATIONS=3)
     val_bpb = result_of(run_script(env))["val_bpb"]
-    assert train_bpb(tmp_path / "a", data) == pytest.approx(val_bpb, abs=0.3) and val_bpb < 7
+    assert train_bpb(ROOT / "train_gpt.py", tmp_path / "a", data) == pytest.approx(val_bpb, abs=0.3) and val_bpb < 7

@@ -14,7 +14,7 @@ from tools.plain_step import table
 FOLDER = Path(__file__).resolve().parent.parent / "records" / "benchmarks"
 TITLES = {
     "step": "The training step, choice by choice", "archs": "Every architecture beside gpt",
-    "kernels": "Kernels compiled for Hopper, without a GPU", "scan": "The scan beside attention, the streamed loss beside the plain",
+    "kernels": "Kernels compiled for Hopper, without a GPU", "scan": "The scan and the streamed loss on CPU",
     "sizes": "Entropy coders and bit widths", "cap": "The cap on training time", "startup": "Start-up and failures",
     "prepare": "Preparing data", "against": "Beside another script", "gpu_check": "On a GPU",
 }  # fmt: skip

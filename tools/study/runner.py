@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from tools.logs import read_log
-from tools.pack import settings_of
+from tools.pack import flatten, settings_of
 from tools.study.plan import ROOT, Run
-from train_gpt import Dataset, load_artifact, read_shard, save_atomically
+from train_gpt import Dataset, read_shard, save_atomically
 
 SHOWN_LINES = 8  # of a run that failed
 KEPT = (
@@ -24,6 +24,16 @@ KEPT = (
     "mean_lr_scale", "step_avg_ms", "tokens_seen", "code_sha256", "data_sha256", "hardware", "torch", "val_tokens",
     "val_bytes",
 )  # fmt: skip
+
+
+GATES = """
+import json, pathlib, runpy, sys, torch
+script, artifact = sys.argv[1:]
+model, _, _ = runpy.run_path(script)["load_artifact"](pathlib.Path(artifact).read_bytes(), torch.device("cpu"))
+gates = model.gates() if getattr(model, "time", None) is not None and hasattr(model, "gates") else None
+levels = torch.tensor([0.1, 0.5, 0.9])
+print(json.dumps(gates and {name: torch.quantile(gate, levels, dim=1).T.tolist() for name, gate in gates.items()}))
+"""  # in a process of its own: a second set of operators and defaults must not meet the kit's
 
 
 class RunFailed(Exception):
@@ -38,13 +48,22 @@ def data_path(name: str) -> Path:
     return path
 
 
-def train_bpb(folder: Path, data: Path) -> float:
-    """Bits per byte of the training text, by the artifact in `folder`."""
+def script_of(arch: str, folder: Path) -> Path:
+    """The study's own script of an architecture, packed when first needed: a study ends with the code it began."""
+    path = folder / "code" / f"{arch}.py"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(path, flatten(arch).encode())
+    return path.resolve()
+
+
+def train_bpb(script: Path, folder: Path, data: Path) -> float:
+    """Bits per byte of the training text, by the artifact in `folder`, which the script made."""
     shards = sorted(data.glob("fineweb_train_*.bin"))
     if len(shards) != 1:
         raise ValueError(f"the training text of {data} is in {len(shards)} shards; train_score wants a small text")
     request = json.dumps({"tokens": str(shards[0].resolve()), "nats": str((folder / "train.nats").resolve())})
-    command = [sys.executable, str(ROOT / "train_gpt.py"), "score", "model.bin"]
+    command = [sys.executable, str(script), "score", "model.bin"]
     done = subprocess.run(command, cwd=folder, input=request, text=True, capture_output=True, check=False)
     if done.returncode or "error" in json.loads(done.stdout.splitlines()[-1]):
         raise RunFailed(f"scoring the training text failed: {(done.stderr or done.stdout).strip()}")
@@ -54,13 +73,12 @@ def train_bpb(folder: Path, data: Path) -> float:
     return float(nats.sum(dtype=np.float64) / np.log(2) / counted)
 
 
-def gate_quantiles(artifact: Path) -> dict[str, list] | None:
+def gate_quantiles(script: Path, artifact: Path) -> dict[str, list] | None:
     """By gate group, per layer, the 10th, 50th and 90th percentile of its gates; None for a model without gates."""
-    model, _, _ = load_artifact(artifact.read_bytes(), torch.device("cpu"))
-    if not hasattr(model, "gates") or model.time is None:
-        return None
-    levels = torch.tensor([0.1, 0.5, 0.9])
-    return {name: torch.quantile(gate, levels, dim=1).T.tolist() for name, gate in model.gates().items()}
+    done = subprocess.run([sys.executable, "-c", GATES, script, artifact], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunFailed(f"reading the gates of {artifact} failed: {done.stderr.strip()}")
+    return json.loads(done.stdout)
 
 
 def do_run(run: Run, folder: Path, scratch: Path, gpu: int | None = None) -> dict:
@@ -74,7 +92,8 @@ def do_run(run: Run, folder: Path, scratch: Path, gpu: int | None = None) -> dic
     # What a study does not set is the kit's default, whatever the caller's shell has.
     env = {name: value for name, value in os.environ.items() if name not in settings_of(run.arch)}
     env |= run.settings | own | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
-    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    script = script_of(run.arch, folder)
+    command = [sys.executable, str(script)]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = read_log(out / "train.log") if (out / "train.log").is_file() else None
     if log is None or log.result is None:
@@ -84,8 +103,8 @@ def do_run(run: Run, folder: Path, scratch: Path, gpu: int | None = None) -> dic
     row |= {"log": f"logs/{run.key}.log"} | {name: log.result.get(name) for name in KEPT}
     row["curve"] = [[p.step, p.train_loss, p.seconds] for p in log.steps]
     row["val_curve"] = [[p.step, p.val_bpb] for p in log.val_points]
-    row["train_bpb"] = train_bpb(out, data) if run.train_score else None
-    row["gates"] = gate_quantiles(out / "model.bin")
+    row["train_bpb"] = train_bpb(script, out, data) if run.train_score else None
+    row["gates"] = gate_quantiles(script, out / "model.bin")
     save_atomically(folder / "logs" / f"{run.key}.log", (out / "train.log").read_bytes())
     save_atomically(folder / "runs" / f"{run.key}.json", json.dumps(row).encode() + b"\n")
     return row

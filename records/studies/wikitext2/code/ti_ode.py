@@ -1,0 +1,2294 @@
+"""Train a small language model inside a time budget, store it inside a byte budget, score it in bits per byte.
+
+    python train_gpt.py                       train on this machine; every setting is an environment variable
+    ARCH=gpt SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
+    python train_gpt.py score model.bin       score token streams: requests on stdin, one JSON line each,
+                                              {"tokens": shard, "nats": file to write, a float32 per target}
+Reads top to bottom: settings, machine, tokens and batches, score, optimizers, schedule, artifact, training, main.
+"""
+
+import dataclasses
+import difflib
+import gc
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+import queue
+import shutil
+import signal
+import struct
+import sys
+import sysconfig
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+PROCESS_START = time.perf_counter()
+gc.disable()  # collecting while torch is imported costs a quarter of the time to the first error message
+
+import numpy as np  # noqa: E402  the process clock starts before the slow imports
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# architectures/layers.py
+
+"""Building blocks shared by two or more architectures, and the model that they hang in.
+
+Letters in shape comments, for the whole kit:
+    B batch   T time   D model_dim   H num_heads   K key dim and V value dim per head (V also vocab_size)   N state dim
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ModelConfig:
+    """What every architecture has; a subclass adds fields. Each field is an environment variable in capitals."""
+
+    env_prefix: ClassVar[str] = ""  # "TI_": every variable that starts so must be a field of this Config
+    neutral: ClassVar[dict | None] = None  # the settings, if any, with which the model equals gpt bit for bit
+
+    vocab_size: int = 1024
+    train_seq_len: int = 1024  # tokens of context in training, and in scoring unless EVAL_SEQ_LEN says otherwise
+    num_layers: int = 9
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: int = 2  # hidden width of the MLP over model_dim
+    tie_embeddings: bool = True
+    tied_embed_init_std: float = 0.005
+    logit_softcap: float = 30.0
+    rope_base: float = 10_000.0
+    qk_gain_init: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "train_seq_len", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least 1")
+        if self.model_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"MODEL_DIM={self.model_dim} must be a multiple of 2 x NUM_HEADS={self.num_heads}: RoPE turns pairs"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}")
+        if self.logit_softcap <= 0:
+            raise ValueError(f"LOGIT_SOFTCAP={self.logit_softcap} must be above 0")
+
+    def num_params(self) -> int:
+        """The closed form of the model's parameter count; an architecture with other weights says its own."""
+        return self.embed_params() + self.num_layers * self.block_params() + (self.num_layers // 2) * self.model_dim
+
+    def embed_params(self) -> int:
+        return self.vocab_size * self.model_dim * (1 if self.tie_embeddings else 2)
+
+    def attention_params(self) -> int:
+        D = self.model_dim
+        return 2 * D * D + 2 * D * self.num_kv_heads * self.head_dim + self.num_heads  # query, out; key, value; q_gain
+
+    def block_params(self) -> int:
+        D = self.model_dim  # two matrices of the MLP, two scales and a pair of mixes per channel
+        return self.attention_params() + 2 * self.mlp_mult * D * D + 4 * D
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+
+def control(param: nn.Parameter) -> nn.Parameter:
+    """The same parameter, marked delicate: trained by Adam, kept in fp32, never quantised."""
+    param.is_control = True
+    return param
+
+
+def is_control(param: Tensor) -> bool:
+    """True for what `control` has marked and for vectors: gains, biases, decays."""
+    return getattr(param, "is_control", False) or param.ndim < 2
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square along the last dimension (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Bias-free linear whose fp32 weight is cast to the activation's dtype at matmul time."""
+
+    def __init__(self, in_features: int, out_features: int, zero_init: bool = False):
+        super().__init__(in_features, out_features, bias=False)
+        if zero_init:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding, halves rotated (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
+
+    def __init__(self, head_dim: int, base: float, seq_len: int):
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+        cos, sin = self.tables(seq_len, None)
+        self.register_buffer("cos", cos, persistent=False)  # (seq_len, K / 2)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def tables(self, seq_len: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position times every frequency, each (seq_len, K / 2), fp32."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), self.base**-exponents)
+        return angles.cos(), angles.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, T, K) with position t's pairs turned by t times their frequency."""
+        T = x.size(-2)
+        cos, sin = (self.cos[:T], self.sin[:T]) if self.cos.size(0) >= T else self.tables(T, x.device)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        first, second = x.chunk(2, dim=-1)  # each (B, H, T, K / 2)
+        return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q (B, H, T, K) over k, v (B, H or fewer, T, K) up to its own position, in q's dtype."""
+    dtype = q.dtype
+    if q.device.type == "cpu":  # the bf16 backward of PyTorch's CPU kernel takes three times as long as the fp32 one
+        q, k, v = q.float(), k.float(), v.float()
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return y.to(dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query softmax attention with QK-norm and RoPE (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.query = Linear(config.model_dim, config.model_dim)
+        self.key = Linear(config.model_dim, kv_dim)
+        self.value = Linear(config.model_dim, kv_dim)
+        self.rotary = Rotary(config.head_dim, config.rope_base, config.train_seq_len)
+        self.q_gain = control(nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init)))
+        self.out = Linear(config.model_dim, config.model_dim, zero_init=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D); position t sees positions up to t."""
+        B, T, D = x.shape
+        q = self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, K)
+        k = self.key(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        v = self.value(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        q, k = self.rotary(rms_norm(q)), self.rotary(rms_norm(k))
+        q = q * self.q_gain.to(q.dtype)[:, None, None]
+        y = causal_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """relu^2 MLP (So et al. 2021, https://arxiv.org/abs/2109.08668)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = Linear(config.model_dim, config.mlp_mult * config.model_dim)
+        self.down = Linear(config.mlp_mult * config.model_dim, config.model_dim, zero_init=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: one token mixer, one MLP, each scaled per channel; the embedding x0 is mixed back in."""
+
+    def __init__(self, mixer: nn.Module, config: ModelConfig):
+        super().__init__()
+        self.mixer = mixer
+        self.mlp = MLP(config)
+        self.mixer_scale = control(nn.Parameter(torch.ones(config.model_dim)))
+        self.mlp_scale = control(nn.Parameter(torch.ones(config.model_dim)))
+        self.resid_mix = control(
+            nn.Parameter(torch.stack((torch.ones(config.model_dim), torch.zeros(config.model_dim))))
+        )
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        """x and x0 (B, T, D) to (B, T, D); x0 is the normalised embedding."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.mixer_scale.to(x.dtype) * self.mixer(rms_norm(x))
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Tied embedding, a stack of blocks, softcapped head. An architecture overrides the smallest hook that says it.
+
+    What the trainer relies on: `forward(input_ids, target_ids)` is the training loss, `nats(...)` scores each target,
+    parameters carry their own treatment (`control`), and only the parameters and persistent buffers of `folded()` cost
+    bytes.
+    """
+
+    progress_switches: ClassVar[tuple[float, ...]] = ()  # fractions of the run at which on_progress changes the graph
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32  # of the activations; set by the trainer, followed by every Linear
+        self.embed = nn.Embedding(config.vocab_size, config.model_dim)
+        nn.init.normal_(self.embed.weight, std=config.tied_embed_init_std if config.tie_embeddings else 1.0)
+        self.blocks = self.make_blocks()
+        if self.num_skips:
+            self.skip_weights = control(nn.Parameter(torch.ones(self.num_skips, config.model_dim)))
+        self.head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size, zero_init=True)
+
+    def make_mixer(self, layer_idx: int) -> nn.Module:
+        """A module that maps (B, T, D) to (B, T, D) and looks at no later position."""
+        raise NotImplementedError(
+            f"{type(self).__module__} must define make_mixer, make_block, make_blocks or backbone"
+        )
+
+    def make_block(self, layer_idx: int) -> nn.Module:
+        """A module that maps x, x0, both (B, T, D), to (B, T, D)."""
+        return Block(self.make_mixer(layer_idx), self.config)
+
+    def make_blocks(self) -> nn.ModuleList:
+        """The modules that hold the stack's weights, in forward order: one per layer unless layers share."""
+        return nn.ModuleList(self.make_block(i) for i in range(self.config.num_layers))
+
+    @property
+    def num_skips(self) -> int:
+        """How many of the first blocks' outputs are added to the inputs of the last blocks."""
+        return len(self.blocks) // 2
+
+    def backbone(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D): the blocks, the second half fed from the first in mirror order (U-Net skips)."""
+        x0, skips, num_skips = x, [], self.num_skips
+        for i, block in enumerate(self.blocks):
+            if i >= num_skips and skips:
+                x = x + self.skip_weights[i - num_skips].to(x.dtype) * skips.pop()
+            x = block(x, x0)
+            if i < num_skips:
+                skips.append(x)
+        return x
+
+    def logits(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """fp32 logits (B, T - start, V) of the positions from `start` on: the scored path."""
+        x = rms_norm(self.embed(input_ids).to(self.compute_dtype))  # (B, T, D)
+        x = rms_norm(self.backbone(x)[:, start:])
+        head = self.embed.weight if self.head is None else self.head.weight
+        logits = F.linear(x, head.to(x.dtype)).float()
+        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+
+    def nats(self, input_ids: Tensor, target_ids: Tensor, start: int = 0) -> Tensor:
+        """-ln p of the targets from position `start` on, fp32 (B, T - start). Not for overriding: logits is."""
+        logits = self.logits(input_ids, start)
+        return F.cross_entropy(logits.flatten(0, 1), target_ids[:, start:].flatten(), reduction="none").view(
+            len(input_ids), -1
+        )
+
+    def training_loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """The scalar to minimise, mean nats by default; never used for scoring."""
+        return F.cross_entropy(self.logits(input_ids).flatten(0, 1), target_ids.flatten())
+
+    def forward(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        return self.training_loss(input_ids, target_ids)
+
+    def materialize(self) -> dict[str, Tensor]:
+        """Generated weights by the name of the non-persistent buffer they fill; called once per optimizer step.
+
+        Every micro-batch runs on detached copies; their summed gradient goes through the generator once.
+        """
+        return {}
+
+    def on_progress(self, fraction: float) -> None:
+        """Told the fraction of the run (0 to 1) before each step. progress_switches lists what changes the graph."""
+
+    def observe(self, target_ids: Tensor) -> None:
+        """Test-time training: told targets (1, T) once their scores are given away. Makes scoring sequential."""
+
+    def folded(self) -> "LanguageModel":
+        """The model to store: this one, or a smaller one with equal logits that its own config rebuilds.
+
+        Called when the artifact is made. What scoring does not need, such as a generator whose outputs are smaller than
+        it, is left out; the trained model stays as it is.
+        """
+        return self
+
+
+# -----------------------------------------------------------------------------
+# architectures/time_index.py
+
+"""Weights shared over depth, and the time index that tells the layers apart.
+
+Layer i of L stands at time t = (i + 1) / L. Letters as in layers.py, and: L layers, E time embedding dim, R rank.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+FEATURES = ("fourier", "legendre", "table", "const", "shuffle", "repo", "free", "none")
+
+
+def one_of(config: ModelConfig, name: str, choices: Iterable[str]) -> None:
+    """Stop on a value that is none of the choices."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name.upper()}={getattr(config, name)} must be one of {', '.join(choices)}")
+
+
+@dataclass
+class SharedConfig(ModelConfig):
+    """Which block serves which layer."""
+
+    ti_blocks: int | None = field(default=3, metadata={"other": 1})  # distinct blocks; None = one per layer
+    ti_order: str = field(default="seq", metadata={"other": "cycle"})  # neighbours share a block, or blocks alternate
+    unet_skips: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "ti_order", ("seq", "cycle"))
+        if self.ti_blocks is not None and self.ti_blocks < 1:
+            raise ValueError(f"TI_BLOCKS={self.ti_blocks} must be at least 1, or none for one per layer")
+
+    @property
+    def num_blocks(self) -> int:
+        return min(self.ti_blocks or self.num_layers, self.num_layers)
+
+    def block_of(self, layer_idx: int) -> int:
+        """The number of the block that serves a layer."""
+        cycle = self.ti_order == "cycle"
+        return layer_idx % self.num_blocks if cycle else layer_idx * self.num_blocks // self.num_layers
+
+    def num_params(self) -> int:
+        skips = self.num_layers // 2 * self.model_dim if self.unet_skips else 0
+        return self.embed_params() + self.num_blocks * self.block_params() + skips
+
+
+@dataclass
+class TimeConfig(ModelConfig):
+    """What a function of time is made of."""
+
+    env_prefix: ClassVar[str] = "TI_"
+
+    # fourier, legendre: smooth in t; table: a free embedding per layer; const: t = 0 in every layer; shuffle: fourier
+    # with the layers' times exchanged; repo: the published study's; free: a value per layer and gate; none: no time
+    ti_feat: str = field(default="fourier", metadata={"other": "table"})
+    ti_freqs: int = 6  # frequencies, or the degree of the polynomials
+    ti_embed_dim: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "ti_feat", FEATURES)
+        for name in ("ti_freqs", "ti_embed_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least 1")
+
+    def time_params(self, num_outputs: int, num_twins: int) -> int:
+        """Parameters of a TimeNet."""
+        E, L = self.ti_embed_dim, self.num_layers
+        if self.ti_feat == "free":
+            return L * num_outputs
+        features = time_features(torch.zeros(1), self.ti_feat, self.ti_freqs).size(-1)
+        return num_twins * (num_outputs * E + (L * E if self.ti_feat == "table" else E * features + E * E))
+
+
+def time_features(t: Tensor, feat: str, num_freqs: int) -> Tensor:
+    """The fixed features of times t (L,): (L, S)."""
+    k = torch.arange(num_freqs + 1, device=t.device)
+    if feat == "const":
+        t = torch.zeros_like(t)
+    if feat == "shuffle":
+        t = t[torch.randperm(len(t), generator=torch.Generator().manual_seed(0)).to(t.device)]
+    if feat == "legendre":
+        polynomials, u = [torch.ones_like(t), 2 * t - 1], 2 * t - 1
+        for n in range(1, num_freqs):
+            polynomials.append(((2 * n + 1) * u * polynomials[n] - n * polynomials[n - 1]) / (n + 1))
+        return torch.stack(polynomials, dim=-1)
+    angles = math.pi * t[:, None] * k
+    if feat == "repo":  # fast phases: neighbouring layers are as unlike as distant ones
+        angles = 1000 * t[:, None] * 10_000.0 ** (-k[:-1] / num_freqs)
+        return torch.cat((t[:, None], angles.sin(), angles.cos()), dim=-1)
+    return torch.cat((t[:, None], angles[:, 1:].sin(), angles.cos()), dim=-1)
+
+
+class TimeNet(nn.Module):
+    """A small network from a layer's time to num_outputs numbers, fp32: W n(U silu(V features(t))), n the RMS norm.
+
+    With twins it is the difference of two such networks that begin equal: zero at first, and yet every weight of it
+    has a gradient (Chizat et al. 2019, https://arxiv.org/abs/1812.07956). Weights are stored larger than they act, so
+    that Adam, whose steps are as large for every weight, moves an output no faster than any other control tensor.
+    """
+
+    def __init__(self, config: TimeConfig, num_outputs: int, twins: bool):
+        super().__init__()
+        self.config, E, L = config, config.ti_embed_dim, config.num_layers
+        self.gain = 0.5 / E if twins else 0.25 / E**0.5
+
+        def weight(*shape: int, std: float) -> nn.Parameter:
+            value = std * torch.randn(shape)
+            return control(nn.Parameter(torch.stack((value, value)) if twins else value[None]))
+
+        if config.ti_feat == "free":
+            self.free = control(nn.Parameter(torch.zeros(L, num_outputs) if twins else torch.randn(L, num_outputs)))
+            return
+        if config.ti_feat == "table":
+            self.table = weight(L, E, std=4.0)
+        else:
+            features = time_features(torch.zeros(1), config.ti_feat, config.ti_freqs)
+            self.hidden = weight(E, features.size(-1), std=4.0)
+            self.embed = weight(E, E, std=4.0)
+        self.head = weight(num_outputs, E, std=1.0 if twins else 4.0)
+
+    def branch(self, t: Tensor, twin: int) -> Tensor:
+        """One network's outputs at times t, (L, num_outputs)."""
+        if self.config.ti_feat == "table":
+            embedded = self.table[twin]
+        else:
+            features = rms_norm(time_features(t, self.config.ti_feat, self.config.ti_freqs))
+            hidden = F.linear(features, self.hidden[twin]) * (0.25 / features.size(-1) ** 0.5)
+            embedded = F.linear(F.silu(hidden), self.embed[twin])
+        return self.gain * F.linear(rms_norm(embedded), self.head[twin])
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(L, num_outputs) of times t (L,)."""
+        if self.config.ti_feat == "free":
+            return self.free
+        first = self.branch(t, 0)
+        return first - self.branch(t, 1) if len(self.head) == 2 else first
+
+
+def layer_of(block: nn.Module, generated: Iterable[str]) -> nn.Module:
+    """A copy of block that holds the very same tensors, but for those named: buffers for materialize() to fill."""
+    layer = copy.deepcopy(block, {id(t): t for t in [*block.parameters(), *block.buffers()]})
+    for name in generated:
+        module, _, leaf = name.rpartition(".")
+        owner = layer.get_submodule(module)
+        value = getattr(owner, leaf).detach().clone()
+        delattr(owner, leaf)
+        owner.register_buffer(leaf, value, persistent=False)
+    return layer
+
+
+class SharedStack(LanguageModel):
+    """A stack in which a few blocks serve all layers."""
+
+    def make_blocks(self) -> nn.ModuleList:
+        config = self.config
+        shared = [self.make_block(g) for g in range(config.num_blocks)]
+        return nn.ModuleList(shared[config.block_of(i)] for i in range(config.num_layers))
+
+    @property
+    def num_skips(self) -> int:
+        return self.config.num_layers // 2 if self.config.unet_skips else 0
+
+
+class TimeIndexed(LanguageModel):
+    """A stack with a TimeNet, `time`, which the artifact leaves out: what it makes of each layer's time is stored."""
+
+    def __init__(self, config: TimeConfig):
+        super().__init__(config)
+        self.time: TimeNet | None = None
+
+    def times(self) -> Tensor:
+        """The time of every layer, (L,)."""
+        L = self.config.num_layers
+        return torch.arange(1, L + 1, device=self.embed.weight.device) / L
+
+    @torch.no_grad()
+    def folded(self) -> LanguageModel:
+        """The same model with a number per layer in place of every output of the time network."""
+        if self.time is None:
+            return self
+        was_training = self.training
+        self.eval()  # where depth is that of scoring
+        with torch.random.fork_rng(devices=[]):
+            small = type(self)(self.folded_config())
+        needed = small.state_dict()
+        small.load_state_dict({n: v for n, v in (self.state_dict() | self.folded_state()).items() if n in needed})
+        self.train(was_training)
+        return small.to(self.embed.weight.device).eval()
+
+    def folded_config(self, **changes) -> ModelConfig:
+        """The config of the folded model; changes are those of a stack that folds more than its time network."""
+        return dataclasses.replace(self.config, ti_feat="free", **changes)
+
+    def folded_state(self) -> dict[str, Tensor]:
+        """The tensors in which the folded model differs."""
+        return {"time.free": self.time(self.times())}
+
+
+# -----------------------------------------------------------------------------
+# architectures/ode.py
+
+"""Layers as the steps of an ODE solver: dx/dt = f(x, t) from t = 0 to 1, one evaluation of f per layer.
+
+Letters as in time_index.py.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+# Per evaluation in a step: its time within the step, how far along the last slope it looks, and its slope's weight.
+SOLVERS = {
+    "euler": ((1.0, 0.0, 1.0),),  # at the end of the step, so that layer i stands at (i + 1) / L
+    "heun": ((0.0, 0.0, 1 / 2), (1.0, 1.0, 1 / 2)),
+    "rk4": ((0.0, 0.0, 1 / 6), (0.5, 0.5, 1 / 3), (0.5, 0.5, 1 / 3), (1.0, 1.0, 1 / 6)),
+}
+STEPS = {"1": lambda L: 1.0, "1/sqrt(L)": lambda L: L**-0.5, "1/L": lambda L: 1 / L, "learn": lambda L: 1 / L}
+
+
+@dataclass
+class OdeConfig(TimeConfig):
+    """How the equation is solved. NUM_LAYERS counts evaluations of f, whatever the solver."""
+
+    ode_dt: str = field(default="1/L", metadata={"other": "1"})  # 1, 1/sqrt(L), 1/L; learn: per channel, 1/L at first
+    ode_res: str = field(default="parallel", metadata={"other": "seq"})  # seq: the MLP sees what attention has written
+    ode_solver: str = field(default="euler", metadata={"other": "heun"})
+    eval_layers: int | None = field(default=None, metadata={"other": 8})  # evaluations of f in scoring; NUM_LAYERS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "ode_dt", STEPS)
+        one_of(self, "ode_res", ("parallel", "seq"))
+        one_of(self, "ode_solver", SOLVERS)
+        for name in ("num_layers", "eval_layers"):
+            value, n = getattr(self, name), len(SOLVERS[self.ode_solver])
+            if value is not None and (value < 1 or value % n):
+                raise ValueError(f"{name.upper()}={value} must be a multiple of {n} for ODE_SOLVER={self.ode_solver}")
+        if self.eval_layers is not None and self.ti_feat in ("table", "shuffle", "free"):
+            raise ValueError(f"EVAL_LAYERS needs times between those of layers, which TI_FEAT={self.ti_feat} has not")
+
+    @property
+    def num_blocks(self) -> int:
+        return 1
+
+    def block_of(self, layer_idx: int) -> int:
+        return 0
+
+    def block_params(self) -> int:
+        return super().block_params() - 2 * self.model_dim  # no mixes
+
+    def num_params(self) -> int:
+        return self.embed_params() + self.block_params() + (self.model_dim if self.ode_dt == "learn" else 0)
+
+
+class Slope(nn.Module):
+    """f: attention and MLP, each scaled per channel, of the normalised x."""
+
+    def __init__(self, config: OdeConfig):
+        super().__init__()
+        self.sequential = config.ode_res == "seq"
+        self.mixer = CausalSelfAttention(config)
+        self.mlp = MLP(config)
+        self.mixer_scale = control(nn.Parameter(torch.ones(config.model_dim)))
+        self.mlp_scale = control(nn.Parameter(torch.ones(config.model_dim)))
+
+    def forward(self, x: Tensor, step: Tensor | float) -> Tensor:
+        """The slope at x (B, T, D), same shape; step is how far a sequential MLP follows attention."""
+        slope = self.mixer_scale.to(x.dtype) * self.mixer(rms_norm(x))
+        x = x + step * slope if self.sequential else x
+        return slope + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+
+class OdeStack(TimeIndexed):
+    """A stack whose layers are evaluations of one f at different times. Scoring may take more or fewer of them."""
+
+    def __init__(self, config: OdeConfig):
+        super().__init__(config)
+        if config.ode_dt == "learn":
+            self.step = control(nn.Parameter(torch.full((config.model_dim,), 1 / config.num_layers)))
+
+    def make_block(self, layer_idx: int) -> nn.Module:
+        return Slope(self.config)
+
+    @property
+    def num_skips(self) -> int:
+        return 0
+
+    @property
+    def num_copies(self) -> int:
+        return max(self.config.num_layers, self.config.eval_layers or 0)
+
+    @property
+    def depth(self) -> int:
+        """How many times f is evaluated."""
+        return self.config.num_layers if self.training else self.config.eval_layers or self.config.num_layers
+
+    def times(self) -> Tensor:
+        """The time of every evaluation, (depth,)."""
+        solver = SOLVERS[self.config.ode_solver]
+        num_steps = self.depth // len(solver)
+        within = torch.tensor([time for time, _, _ in solver], device=self.embed.weight.device)
+        return ((torch.arange(num_steps, device=within.device)[:, None] + within) / num_steps).flatten()
+
+    def step_size(self) -> Tensor | float:
+        """Of one evaluation; another depth covers the same distance."""
+        L = self.config.num_layers
+        return (self.step if self.config.ode_dt == "learn" else STEPS[self.config.ode_dt](L)) * (L / self.depth)
+
+    def backbone(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D): explicit Runge-Kutta steps, each of which looks along its last slope only."""
+        step, solver = self.step_size(), SOLVERS[self.config.ode_solver]
+        step = step.to(x.dtype) if isinstance(step, Tensor) else step
+        whole = step * len(solver)
+        for first in range(0, self.depth, len(solver)):
+            start, slope = x, None
+            for i, (_, along, weight) in enumerate(solver):
+                probe = start + along * whole * slope if along else start
+                slope = self.blocks[first + i](probe, step)
+                x = x + weight * whole * slope
+        return x
+
+    def folded_config(self, **changes) -> ModelConfig:
+        depth = self.config.eval_layers
+        deeper = {} if depth is None else {"num_layers": depth, "eval_layers": None, "ode_dt": "learn"}
+        return super().folded_config(**deeper, **changes)
+
+    def folded_state(self) -> dict[str, Tensor]:
+        step = self.step_size()
+        step = step if isinstance(step, Tensor) else torch.full((self.config.model_dim,), step)
+        return super().folded_state() | {"step": step}
+
+
+# -----------------------------------------------------------------------------
+# architectures/time_gates.py
+
+"""Gates that are functions of time: they turn the weights of a shared block into those of a layer.
+
+Weights do not depend on the input, so a layer's are made once per optimizer step, and the artifact holds the shared
+weights and a few numbers per layer. Letters as in time_index.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+# Each is 1 at 0, so that a gate of zeros changes nothing; all but sigmoid, the published one, which halves.
+ACTIVATIONS = {
+    "2sigmoid": lambda x: 2 * x.sigmoid(),
+    "sigmoid": torch.sigmoid,
+    "affine": lambda x: 1 + x,
+    "1+tanh": lambda x: 1 + x.tanh(),
+    "exp": torch.exp,
+}
+
+
+class Gated(NamedTuple):
+    """How time changes a tensor of a block: the names of the gates of its rows and of its columns."""
+
+    shape: tuple[int, ...]
+    rows: str | None = None
+    columns: str | None = None
+    log: bool = False  # the tensor is a logarithm: the gate's own is added
+
+
+def attention_gates(config: ModelConfig, module: str) -> dict[str, Gated]:
+    """Gates on what attention reads and on what it writes."""
+    D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
+    shapes = {"query": D, "key": kv_dim, "value": kv_dim}
+    reads = {f"{module}.{name}.weight": Gated((n, D), columns="attention_in") for name, n in shapes.items()}
+    return reads | {f"{module}.out.weight": Gated((D, D), rows="attention_out")}
+
+
+def mlp_gates(config: ModelConfig, module: str) -> dict[str, Gated]:
+    """Gates on what the MLP reads, on its hidden channels and on what it writes."""
+    D, hidden = config.model_dim, config.mlp_mult * config.model_dim
+    return {
+        f"{module}.up.weight": Gated((hidden, D), columns="mlp_in"),
+        f"{module}.down.weight": Gated((D, hidden), rows="mlp_out", columns="mlp_hidden"),
+    }
+
+
+@dataclass
+class GateConfig(TimeConfig):
+    """How gates that are functions of time act on a block."""
+
+    ti_act: str = field(default="2sigmoid", metadata={"other": "exp"})
+    # channel, head (one gate for each of NUM_HEADS runs of channels), rank8 (a mask of that rank on every matrix) or
+    # lora8 (a sum of that rank to every matrix)
+    ti_gate: str = field(default="channel", metadata={"other": "head"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "ti_act", ACTIVATIONS)
+        if self.ti_gate not in ("channel", "head") and not self.rank:
+            raise ValueError(f"TI_GATE={self.ti_gate} must be channel, head, or rank or lora and a number, like lora16")
+
+    @property
+    def rank(self) -> int | None:
+        """R of a low-rank gate; None where gates are per channel or head."""
+        digits = self.ti_gate.removeprefix("rank").removeprefix("lora")
+        return int(digits) if digits.isdecimal() and digits != self.ti_gate else None
+
+    def gated(self, layer_idx: int) -> dict[str, Gated]:
+        """The tensors of a layer that time changes, by their name in the layer's block."""
+        raise NotImplementedError(f"{type(self).__module__} must define gated")
+
+    def gates(self) -> dict[str, int]:
+        """The number of channels of every gate, by its name; a low-rank gate is named by its matrix."""
+        channels: dict[str, int] = {}
+        for layer_idx in range(self.num_layers):
+            for name, gate in self.gated(layer_idx).items():
+                if self.rank and len(gate.shape) == 2:
+                    channels[name] = self.rank
+                else:
+                    named = zip((gate.rows, gate.columns), gate.shape, strict=False)
+                    channels |= {key: n for key, n in named if key is not None}
+        return channels
+
+    def factored(self) -> dict[tuple[int, str], tuple[int, ...]]:
+        """The shapes of the matrices that have a low-rank gate, by block and name."""
+        layers = range(self.num_layers if self.rank else 0)
+        every = {(self.block_of(i), name): gate.shape for i in layers for name, gate in self.gated(i).items()}
+        return {key: shape for key, shape in every.items() if len(shape) == 2}
+
+    def gate_size(self, channels: int) -> int:
+        """How many numbers a gate of so many channels is made of."""
+        by_head = self.ti_gate == "head" and channels % self.num_heads == 0
+        return self.num_heads if by_head else channels
+
+    def gate_params(self) -> int:
+        """Parameters of everything that makes gates."""
+        if self.ti_feat == "none":
+            return 0
+        factors = sum(self.rank * sum(shape) for shape in self.factored().values())
+        return factors + self.time_params(sum(map(self.gate_size, self.gates().values())), num_twins=2)
+
+
+class GatedStack(TimeIndexed, SharedStack):
+    """A stack whose layers are a few shared blocks, each tensor that `config.gated` names gated by functions of time.
+
+    A matrix W becomes g_rows(t) * W * g_columns(t), or W * act(U c(t) V^T), or W + U c(t) V^T.
+    """
+
+    def __init__(self, config: GateConfig):
+        super().__init__(config)
+        if config.ti_feat == "none":
+            return
+        self.channels = config.gates()
+        self.sizes = [config.gate_size(channels) for channels in self.channels.values()]
+        self.time = TimeNet(config, sum(self.sizes), twins=True)
+        self.factors = nn.ParameterDict()
+        for (block_idx, name), shape in config.factored().items():
+            for side, size in zip("uv", shape, strict=True):
+                factor = torch.randn(size, config.rank) / shape[1] ** 0.25
+                self.factors[self.factor_name(block_idx, name, side)] = nn.Parameter(factor)
+
+    def make_blocks(self) -> nn.ModuleList:
+        config = self.config
+        self.base = nn.ModuleList(self.make_block(g) for g in range(config.num_blocks))
+        return nn.ModuleList(self.make_layer(i) for i in range(self.num_copies))
+
+    @property
+    def num_copies(self) -> int:
+        """How many layers there are at most."""
+        return self.config.num_layers
+
+    def make_layer(self, layer_idx: int) -> nn.Module:
+        """The block of a layer, with buffers in place of what time changes."""
+        block_idx = self.config.block_of(layer_idx)
+        gated = {} if self.config.ti_feat == "none" else self.config.gated(layer_idx)
+        return layer_of(self.base[block_idx], gated)
+
+    @staticmethod
+    def factor_name(block_idx: int, name: str, side: str) -> str:
+        return f"{block_idx}_{name.replace('.', '_')}_{side}"
+
+    def gates(self) -> dict[str, Tensor]:
+        """Every gate by its name, (L, channels); a low-rank gate's (L, R) coefficients by its matrix."""
+        act, made = ACTIVATIONS[self.config.ti_act], {}
+        for (name, n), raw in zip(self.channels.items(), self.time(self.times()).split(self.sizes, -1), strict=True):
+            low_rank = "." in name
+            made[name] = raw if low_rank else act(raw).repeat_interleave(n // raw.size(-1), dim=-1)
+        return made
+
+    def materialize(self) -> dict[str, Tensor]:
+        if self.time is None:
+            return {}
+        gates = {name: gate.unbind() for name, gate in self.gates().items()}
+        made = {}
+        for layer_idx in range(len(self.times())):
+            block_idx = self.config.block_of(layer_idx)
+            for name, gate in self.config.gated(layer_idx).items():
+                weight = self.base[block_idx].get_parameter(name)
+                made[f"blocks.{layer_idx}.{name}"] = self.at(layer_idx, block_idx, name, gate, weight, gates)
+        return made
+
+    def at(
+        self, layer_idx: int, block_idx: int, name: str, gate: Gated, weight: Tensor, gates: dict[str, tuple]
+    ) -> Tensor:
+        """What a tensor of a block is in a layer."""
+        if name in gates:
+            u, v = (self.factors[self.factor_name(block_idx, name, side)] for side in "uv")
+            product = (u * gates[name][layer_idx]) @ v.T
+            masks = self.config.ti_gate.startswith("rank")
+            return weight * ACTIVATIONS[self.config.ti_act](product) if masks else weight + product
+        if gate.log:
+            return weight + gates[gate.rows][layer_idx].clamp(min=1e-3).log()
+        if gate.rows is not None:
+            rows = gates[gate.rows][layer_idx]
+            weight = weight * (rows[:, None] if weight.ndim == 2 else rows)
+        return weight if gate.columns is None else weight * gates[gate.columns][layer_idx]
+
+
+# -----------------------------------------------------------------------------
+# architectures/ti_ode.py
+
+"""Time-indexed neural ODE: one shared block, its output gated by time (hybrid of https://github.com/zaphrode/qkvflow).
+
+    x <- x + dt m(t) * f(x),   f(x) = Attention(n(x)) + MLP(n(x)),   m(t) = 2 sigmoid(H e(t)),   t = (i + 1) / L
+One f serves all layers; m, per channel, is 1 at first; e(t) is a small network's embedding of t. TI_WHERE=all gates
+what attention and MLP read too. With ODE_DT=1, ODE_RES=seq and TI_FEAT=none it is the looped block of `shared`, less
+its skips.
+Differs from the study, which proposed it and had no code: causal attention, RoPE, RMS norm and gains as in gpt; solvers
+other than Euler's, a learned step and another depth in scoring; m is stored per layer, not as a network.
+"""
+
+from dataclasses import dataclass, field
+
+
+
+@dataclass
+class Config(GateConfig, OdeConfig):
+    ti_where: str = field(default="out", metadata={"other": "all"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ti_where not in ("out", "all"):
+            raise ValueError(f"TI_WHERE={self.ti_where} must be out or all")
+
+    def gated(self, layer_idx: int) -> dict[str, Gated]:
+        every = attention_gates(self, "mixer") | mlp_gates(self, "mlp")
+        outputs = {"mixer.out.weight", "mlp.down.weight"}
+        every |= {name: every[name]._replace(rows="slope") for name in outputs}
+        if self.ti_where == "all":
+            return every
+        return {name: every[name]._replace(columns=None) for name in sorted(outputs)}
+
+    def num_params(self) -> int:
+        return super().num_params() + self.gate_params()
+
+
+class Model(OdeStack, GatedStack):
+    pass
+
+
+# -----------------------------------------------------------------------------
+# This file: ARCH=ti_ode, settings baked in.
+
+
+def load_architecture(name: str):
+    """The (Model, Config) pair in this file, which holds one architecture."""
+    if name != "ti_ode":
+        raise ValueError(f"ARCH={name} is not in this script, which holds ARCH=ti_ode alone")
+    return Model, Config
+
+
+for setting in {'ARCH': 'ti_ode'}.items():
+    os.environ.setdefault(*setting)
+
+gc.enable()
+BYTE_CAP = 16_000_000  # of the artifact and the script together, decimal
+
+# -----------------------------------------------------------------------------
+# Settings. Every field is an environment variable of the same name in capitals; the architecture's Config adds its own.
+
+
+@dataclass
+class RunConfig:
+    """One training run. Names and defaults are upstream's where upstream has them."""
+
+    data_path: str = "./data/datasets/fineweb10B_sp1024"
+    tokenizer_path: str | None = None  # the manifest's own; needed only for shards without a manifest
+    out_dir: str = "runs"
+    run_id: str | None = None  # folder under OUT_DIR: train.log and model.bin
+    seed: int = 1337  # of the initial weights and of the order of the data
+
+    iterations: int = 20_000
+    max_wallclock_seconds: float = 600.0  # hard cap on training, validation in between included; 0 = off
+    train_batch_tokens: int = 524_288  # per optimizer step, over all ranks
+    micro_batch_tokens: int | None = None  # per rank and backward pass; by the device's memory
+    warmup_steps: int = 20  # on random tokens, outside the clock, undone afterwards
+    warmdown_iters: int = 1200
+    warmdown_max_fraction: float = 0.7  # of the run: a short or slow run must not train at a starved rate
+    schedule: str = "time"  # the rate falls as the first of steps and clock runs out; "steps": with steps alone
+    train_log_every: int = 200
+    val_loss_every: int = 0  # 0 = after training only: the clock does not stop for validation
+
+    embed_lr: float = 0.6  # untied embedding
+    head_lr: float = 0.008
+    tied_embed_lr: float = 0.05
+    matrix_lr: float = 0.04  # Muon; the update has unit spectral norm, so this is a step size
+    scalar_lr: float = 0.04
+    muon_momentum: float = 0.95
+    muon_backend_steps: int = 5
+    muon_momentum_warmup_start: float = 0.85
+    muon_momentum_warmup_steps: int = 500
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.0  # 0 = off
+
+    quant_bits: int = 8  # of matrices and embeddings in the artifact, 4 to 8
+    eval_seq_len: int | None = None  # TRAIN_SEQ_LEN
+    eval_stride: int = 0  # 0 = windows side by side; n = slide by n, score the last n of each window
+    val_batch_size: int | None = None  # tokens scored at once on a rank; by the device
+    val_max_tokens: int | None = None  # score only the beginning; the result is then marked partial
+    quick_score: bool = False  # for studies: score the artifact alone, on CPU too in bf16 and compiled, as training is
+
+    device: str | None = None  # cuda, mps or cpu; the first there is
+    bf16: bool | None = None  # activations in bf16; where a short race says that it is fast
+    compile: bool | None = None  # torch.compile; on CUDA, and on CPU for runs long enough to pay for it
+
+    def __post_init__(self) -> None:
+        at_least_one = ("iterations", "train_batch_tokens", "train_log_every", "muon_backend_steps")
+        at_least_zero = ("max_wallclock_seconds", "warmup_steps", "warmdown_iters", "eval_stride", "grad_clip_norm")
+        for minimum, names in ((1, at_least_one), (0, (*at_least_zero, "val_loss_every"))):
+            for name in names:
+                if not getattr(self, name) >= minimum:
+                    raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least {minimum}")
+        for name in ("micro_batch_tokens", "eval_seq_len", "val_batch_size", "val_max_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least 1, or unset for the default")
+        if not 4 <= self.quant_bits <= 8:
+            raise ValueError(f"QUANT_BITS={self.quant_bits} must be 4, 5, 6, 7 or 8")
+        if self.schedule not in ("time", "steps"):
+            raise ValueError(f"SCHEDULE={self.schedule} must be time or steps")
+        if not 0 <= self.warmdown_max_fraction <= 1:
+            raise ValueError(f"WARMDOWN_MAX_FRACTION={self.warmdown_max_fraction} must be between 0 and 1")
+
+    @property
+    def cap_seconds(self) -> float:
+        return self.max_wallclock_seconds or math.inf
+
+
+def parse(name: str, text: str, kind):
+    """The value of variable `name` for a field of type bool, int, float, str or one of these `| None`."""
+    if NoneType in get_args(kind):
+        if text.lower() in ("", "none"):
+            return None
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        return kind(text.replace("_", "") if kind is int else text)
+    except (ValueError, KeyError):
+        words = {bool: "0 or 1", int: "a whole number", float: "a number"}
+        raise ValueError(f"{name}={text!r} must be {words[kind]}") from None
+
+
+def from_env(cls, env=os.environ):
+    """A config dataclass, each field overridden by the variable of its name in capitals."""
+    named = {f.name: parse(f.name.upper(), env[f.name.upper()], f.type) for f in fields(cls) if f.name.upper() in env}
+    return cls(**named)
+
+
+def reject_typos(configs: list, env=os.environ) -> None:
+    """Stop on NUM_LAYRES=12, which would otherwise train the default for ten minutes."""
+    known = {f.name.upper() for c in configs for f in fields(c)} | {"ARCH"}
+    others = {"COMPILER"}  # variables of other programs that look like ours
+    prefixes = tuple(c.env_prefix for c in configs if getattr(c, "env_prefix", ""))
+    for name in sorted(set(env) - known - others):
+        close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+        if close:
+            raise ValueError(f"{name} is not a setting. Did you mean {close[0]}?")
+        if name.startswith(prefixes) if prefixes else False:
+            own = sorted(k for k in known if k.startswith(prefixes))
+            raise ValueError(f"{name} is not a setting of this architecture. It has {', '.join(own)}")
+
+
+def read_settings(env=os.environ) -> tuple[str, RunConfig, ModelConfig]:
+    """(arch, run config, model config) from the environment; ValueError says what is wrong with it."""
+    arch = env.get("ARCH", "gpt")
+    _, Config = load_architecture(arch)
+    reject_typos([RunConfig, Config], env)
+    return arch, from_env(RunConfig, env), from_env(Config, env)
+
+
+# -----------------------------------------------------------------------------
+# The machine: device, ranks, number format, and the log that only rank 0 writes.
+
+
+@dataclass
+class Machine:
+    """Where this process runs. rank and world_size are torchrun's; dtype is that of activations in training."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+    quick_score: bool = False
+
+    @property
+    def lag(self) -> int:
+        """Steps that may be in flight before the host waits: one on CUDA, so that the queue never runs dry."""
+        return int(self.device.type == "cuda")
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Number format in which this run's own scores are computed."""
+        return self.dtype if self.quick_score else score_dtype(self.device)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """values added up over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def score_dtype(device: torch.device) -> torch.dtype:
+    """Number format of scoring: fp32 on CPU, where bf16 would make a score depend on the processor."""
+    return torch.bfloat16 if device.type == "cuda" and bf16_is_fast(device) else torch.float32
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bf16 matmuls beat fp32 here: known on CUDA, a 50 ms race on CPUs that have the instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        a @ b
+        laps = []
+        for _ in range(8):
+            start = time.perf_counter()
+            a @ b
+            laps.append(time.perf_counter() - start)
+        seconds[dtype] = min(laps)
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+def compile_pays(run: RunConfig, device: torch.device) -> tuple[bool, str]:
+    """(compile?, why): COMPILE, or where it pays; on CPU it costs most of a minute and a C++ compiler."""
+    if run.compile is not None:
+        return run.compile, "COMPILE is set"
+    if device.type == "cuda":
+        return True, "CUDA"
+    if device.type != "cpu":
+        return False, f"not by default on {device.type}"
+    if run.iterations < 200 or run.cap_seconds < 120:
+        return False, "the run is too short to pay for it"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        return False, "no C++ compiler found; install g++ to train faster"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False, "no Python headers found; install python3-dev to train faster"
+    return True, "the run is long enough to pay for it"
+
+
+def pick_device(wanted: str | None) -> torch.device:
+    """The device of this process: DEVICE, or the first of cuda, mps, cpu that there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = wanted or next(k for k, ok in there.items() if ok)
+    if not there.get(kind):
+        raise ValueError(f"DEVICE={kind} is not here. Available: {', '.join(k for k, ok in there.items() if ok)}")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+
+
+def make_machine(run: RunConfig) -> Machine:
+    """Pick the device, join the other ranks if torchrun started this process, and choose the number format."""
+    device = pick_device(run.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    machine = Machine(device, quick_score=run.quick_score)
+    if "RANK" in os.environ:
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        machine.rank, machine.world_size = dist.get_rank(), dist.get_world_size()
+    fast = torch.tensor(float(bf16_is_fast(device) if run.bf16 is None else run.bf16), device=device)
+    if machine.world_size > 1:
+        dist.broadcast(fast, 0)  # the race may end differently on another rank
+    machine.dtype = torch.bfloat16 if fast.item() else torch.float32
+    return machine
+
+
+def hardware_name(machine: Machine) -> str:
+    """What the record says it ran on, such as "8x NVIDIA H100 80GB HBM3" or "2 cores of Intel(R) Xeon(R) Processor"."""
+    if machine.device.type == "cuda":
+        return f"{machine.world_size}x {torch.cuda.get_device_name(machine.device)}"
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores of {model}"
+
+
+class RunLog:
+    """Rank 0's log: each line to the terminal and to a file; and the phases of the run with monotonic times."""
+
+    def __init__(self, path: Path | None):
+        self.file = None
+        self.phase_name = self.phase_begin = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("x", buffering=1, encoding="utf-8")
+
+    def __call__(self, line: str) -> None:
+        if self.file is not None:
+            self.file.write(line + "\n")
+            print(line, flush=True)
+
+    def phase(self, name: str | None, now: float | None = None) -> None:
+        """End the phase that runs, if any, and begin `name`. Seconds count from the start of the process."""
+        now = (time.perf_counter() if now is None else now) - PROCESS_START
+        if self.phase_name is not None:
+            self(f"phase:{self.phase_name} begin_seconds:{self.phase_begin:.3f} end_seconds:{now:.3f}")
+        self.phase_name, self.phase_begin = name, now
+
+
+# -----------------------------------------------------------------------------
+# Tokens and batches. Shards are upstream's: 256 int32 (magic, version, count), then uint16 tokens.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """The uint16 tokens of one shard, memory-mapped; ValueError for a file that is not a whole shard."""
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise ValueError(f"{path} is not a token shard of version {SHARD_VERSION}; prepare the data again")
+    promised = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != promised:
+        raise ValueError(f"{path} has {size} bytes, its header promises {promised}; fetch it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ByteTable:
+    """Bytes of text behind each token: base[id], one more for a leading space unless the token before is a boundary."""
+
+    def __init__(self, tokenizer_path: str | Path):
+        if str(tokenizer_path).endswith(".json"):
+            config = json.loads(Path(tokenizer_path).read_text())["config"]
+            self.base = np.zeros(config["byte_offset"] + config["byte_count"], dtype=np.int64)
+            self.base[config["byte_offset"] :] = 1
+            self.leading_space, self.boundary = np.zeros_like(self.base, dtype=bool), self.base == 0
+            return
+        from sentencepiece import SentencePieceProcessor
+
+        sp = SentencePieceProcessor(model_file=str(tokenizer_path))
+        ids = range(sp.vocab_size())
+        # A model that adds a dummy prefix writes a space before the first word that the text does not have.
+        dummy_prefix = sp.encode("a", out_type=str)[0].startswith("▁")
+        self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+        pieces = [sp.id_to_piece(i) for i in ids]
+        self.leading_space = np.array([dummy_prefix and piece.startswith("▁") for piece in pieces]) & ~self.boundary
+        spelled = [len(piece.replace("▁", " ").encode()) for piece in pieces]
+        self.base = np.array([1 if sp.is_byte(i) else 0 if self.boundary[i] else spelled[i] for i in ids])
+        self.base -= self.leading_space
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of each target tokens[1:], as int64, given the token before it."""
+        return self.base[tokens[1:]] + (self.leading_space[tokens[1:]] & ~self.boundary[tokens[:-1]])
+
+
+class Dataset:
+    """A prepared data folder: its shards, validation tokens, and the raw bytes that they stand for."""
+
+    def __init__(self, data_path: str, tokenizer_path: str | None):
+        folder = Path(data_path)
+        self.name = folder.name
+        hint = "make it with `python data/prepare.py` or `python data/download.py`, or set DATA_PATH"
+        if not folder.is_dir():
+            raise ValueError(f"DATA_PATH={data_path} is not a folder; {hint}")
+        manifest_path = folder / "manifest.json"
+        self.manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else None
+        self.sha256 = sha256(manifest_path) if self.manifest else None
+        self.train_files, self.val_files = (self.shards(folder, split, hint) for split in ("train", "val"))
+        if self.manifest:
+            listed = folder / self.manifest["tokenizer"]["file"]
+            self.tokenizer_path = tokenizer_path or str(listed)
+        elif tokenizer_path:
+            self.tokenizer_path = tokenizer_path
+        else:
+            raise ValueError(f"DATA_PATH={data_path} has no manifest.json, so TOKENIZER_PATH must name the tokenizer")
+        if not Path(self.tokenizer_path).is_file():
+            raise ValueError(f"TOKENIZER_PATH={self.tokenizer_path} does not exist")
+        self.tokenizer_sha256 = sha256(self.tokenizer_path)
+        if self.manifest and self.tokenizer_sha256 != self.manifest["tokenizer"]["sha256"]:
+            raise ValueError(f"TOKENIZER_PATH={self.tokenizer_path} is not the tokenizer of {data_path}; unset it")
+        self.bytes_of = ByteTable(self.tokenizer_path)
+        self.vocab_size = len(self.bytes_of.base)
+
+    def shards(self, folder: Path, split: str, hint: str) -> list[str]:
+        """The shards of a split: those that the manifest lists and no others; without a manifest, all there are."""
+        if not self.manifest:
+            found = sorted(glob.glob(str(folder / f"fineweb_{split}_*.bin")))
+            if not found:
+                raise ValueError(f"DATA_PATH={folder} has no fineweb_{split}_*.bin; {hint}")
+            return found
+        listed = self.manifest["splits"][split]["shards"]
+        for entry in listed:
+            path = folder / entry["file"]
+            if not path.is_file():
+                raise ValueError(f"{path} is in manifest.json but not on disk; {hint}")
+            same = len(read_shard(path)) == entry["tokens"]
+            if not same or (split == "val" and sha256(path) != entry["sha256"]):
+                raise ValueError(f"{path} is not the file that manifest.json describes; {hint}")
+        return [str(folder / entry["file"]) for entry in listed]
+
+    def validation(self, max_tokens: int | None) -> tuple[np.ndarray, int, bool]:
+        """(tokens, raw bytes of all targets, partial?); the byte table must agree with the manifest to the byte."""
+        tokens = np.concatenate([read_shard(path) for path in self.val_files])
+        if tokens.max() >= self.vocab_size:
+            raise ValueError(
+                f"{self.val_files[0]} holds token {tokens.max()}, but {self.tokenizer_path} has {self.vocab_size}: "
+                "the tokenizer does not fit these shards; set TOKENIZER_PATH"
+            )
+        counted = int(self.bytes_of.count(tokens).sum())
+        if self.manifest and counted != (raw := self.manifest["splits"]["val"]["bytes"]):
+            raise ValueError(
+                f"the validation tokens spell {counted} bytes, manifest.json says {raw}: "
+                f"{self.tokenizer_path} does not fit the shards in {self.name}; prepare the data again"
+            )
+        if max_tokens is not None and max_tokens + 1 < len(tokens):
+            tokens = tokens[: max_tokens + 1]
+            return tokens, int(self.bytes_of.count(tokens).sum()), True
+        return tokens, counted, False
+
+
+class TokenLoader:
+    """Batches of (input_ids, target_ids), each (rows, T) int64. The global batch is a function of (seed, step) alone.
+
+    Each epoch shifts the shards by a random phase, cuts them into windows of T and walks these in a random order.
+    """
+
+    def __init__(self, files: list[str], run: RunConfig, config: ModelConfig, machine: Machine):
+        self.files, self.tokens = files, [read_shard(path) for path in files]
+        self.seq_len, self.vocab_size = config.train_seq_len, config.vocab_size
+        self.rows, self.seed, self.machine = run.train_batch_tokens // self.seq_len, run.seed, machine
+        seq_len = self.seq_len
+        self.windows = np.array([max(0, (len(t) - seq_len) // seq_len) for t in self.tokens])  # room for any phase
+        self.num_windows = int(self.windows.sum())
+        if not self.num_windows:
+            raise ValueError(f"no training shard is longer than two windows of TRAIN_SEQ_LEN={seq_len}; use more text")
+        self.first = np.concatenate(([0], np.cumsum(self.windows)))
+        self.epoch = None
+
+    def window(self, index: int) -> np.ndarray:
+        """The index-th window of the whole run, T + 1 tokens."""
+        epoch, place = divmod(index, self.num_windows)
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.order = epoch, rng.permutation(self.num_windows)
+            self.phases = rng.integers(self.seq_len, size=len(self.tokens))
+        number = self.order[place]
+        shard = int(np.searchsorted(self.first, number, side="right")) - 1
+        start = int(number - self.first[shard]) * self.seq_len + self.phases[shard]
+        window = self.tokens[shard][start : start + self.seq_len + 1]
+        if window.max() >= self.vocab_size:
+            token, file = window.max(), self.files[shard]
+            raise ValueError(f"{file} holds token {token}, which VOCAB_SIZE={self.vocab_size} does not reach")
+        return window
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's rows of the batch of `step`, (rows / world_size, T + 1) int32, pinned for the copy."""
+        mine = self.rows // self.machine.world_size
+        first = step * self.rows + self.machine.rank * mine
+        batch = torch.from_numpy(np.stack([self.window(i) for i in range(first, first + mine)]).astype(np.int32))
+        return batch.pin_memory() if self.machine.device.type == "cuda" else batch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches from step 0 on, on the device, prepared two ahead by a thread."""
+        ready: queue.Queue = queue.Queue(maxsize=2)
+        stop = threading.Event()
+
+        def put(item: Tensor | Exception) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    pass
+
+        def work() -> None:
+            step = 0
+            try:
+                while not stop.is_set():
+                    put(self.batch(step))
+                    step += 1
+            except Exception as error:  # the reader raises it
+                put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item.to(self.machine.device, non_blocking=True).long()
+        finally:
+            stop.set()
+
+
+# -----------------------------------------------------------------------------
+# Score. The same function scores the run's result and the referee's requests.
+
+
+@dataclass
+class ScorePlan:
+    """How a stream is cut into windows. It is part of the artifact. stride == seq_len: side by side."""
+
+    seq_len: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        if not (self.seq_len >= 1 and 1 <= self.stride <= self.seq_len):
+            raise ValueError(f"EVAL_STRIDE={self.stride} must be between 1 and EVAL_SEQ_LEN={self.seq_len}, or 0")
+
+    def windows(self, num_targets: int) -> list[tuple[int, int]]:
+        """(first input position, first scored place in the window): every target is scored once, left to right."""
+        later = range(self.stride, num_targets + self.stride - self.seq_len, self.stride)
+        return [(0, 0)] + [(begin, self.seq_len - self.stride) for begin in later]
+
+
+def score_rows(plan: ScorePlan, batch_tokens: int | None, device: torch.device) -> int:
+    """Windows scored at once. The shape never varies: a score must not depend on what else is in the batch."""
+    return max(1, (batch_tokens or (65_536 if device.type == "cuda" else 8_192)) // plan.seq_len)
+
+
+def is_sequential(model: LanguageModel) -> bool:
+    """Whether the model learns from what it has scored, so that windows must come one by one."""
+    return type(model).observe is not LanguageModel.observe
+
+
+def score_stream(
+    model: LanguageModel, tokens: np.ndarray, plan: ScorePlan, machine: Machine, batch_tokens: int | None = None
+) -> np.ndarray:
+    """Nats of every target tokens[1:], float32, left to right from a fresh state; 0 where another rank scores."""
+    num_targets = len(tokens) - 1
+    result = np.zeros(max(0, num_targets), dtype=np.float32)
+    if num_targets < 1:
+        return result
+    alone = is_sequential(model)
+    rows = 1 if alone else score_rows(plan, batch_tokens, machine.device)
+    # Not on CPU: a compiled sum may differ in its last bits from that of a process that does not compile.
+    compiled = machine.compile and (machine.device.type == "cuda" or machine.quick_score) and not alone
+    nats_of = torch.compile(model.nats, dynamic=False) if compiled else model.nats
+    windows = plan.windows(num_targets)
+    head = [w for w in windows if w[1] == 0]  # with a stride, the first window alone scores all of its targets
+    batches = [part[i : i + rows] for part in (head, windows[len(head) :]) for i in range(0, len(part), rows)]
+    padded = np.zeros(num_targets + 1 + plan.seq_len, dtype=np.int64)
+    padded[: num_targets + 1] = tokens
+    for batch in batches if alone else batches[machine.rank :: machine.world_size]:
+        ids = np.zeros((rows, plan.seq_len + 1), dtype=np.int64)
+        for row, (begin, _) in enumerate(batch):
+            ids[row] = padded[begin : begin + plan.seq_len + 1]
+        ids = torch.from_numpy(ids).to(machine.device)
+        start = batch[0][1]
+        with torch.no_grad():
+            nats = nats_of(ids[:, :-1], ids[:, 1:], start).float().cpu().numpy()
+        for row, (begin, _) in enumerate(batch):
+            end = min(begin + plan.seq_len, num_targets)
+            result[begin + start : end] = nats[row, : end - begin - start]
+            if alone:
+                model.observe(ids[row : row + 1, 1 + start : 1 + end - begin])
+    return result
+
+
+@dataclass
+class Score:
+    """nats_sum in float64 over all targets; val_loss in nats per target; val_bpb in bits per byte of raw text."""
+
+    nats_sum: float
+    val_tokens: int
+    val_bytes: int
+
+    @property
+    def val_loss(self) -> float:
+        return self.nats_sum / self.val_tokens
+
+    @property
+    def val_bpb(self) -> float:
+        return self.nats_sum / (math.log(2) * self.val_bytes)
+
+
+def score(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    num_bytes: int,
+    plan: ScorePlan,
+    machine: Machine,
+    batch_tokens: int | None,
+) -> Score:
+    """The model's score on the whole stream, the same on every rank."""
+    nats = score_stream(model, tokens, plan, machine, batch_tokens)
+    total = torch.tensor([nats.sum(dtype=np.float64)], dtype=torch.float64)
+    if machine.world_size > 1 and not is_sequential(model):
+        on_device = total.to(machine.device)  # NCCL adds only on the device
+        total = machine.sum(on_device).cpu()
+    return Score(float(total), len(tokens) - 1, num_bytes)
+
+
+# -----------------------------------------------------------------------------
+# Optimizers. Muon for matrices, Adam for embeddings, head and control tensors; every parameter in exactly one group.
+
+
+def parameter_groups(model: LanguageModel) -> dict[str, list[nn.Parameter]]:
+    """Trainable parameters by treatment: embed, head, matrix (2-D, or stacks of 2-D), scalar (control tensors)."""
+    embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = [model.head.weight] if model.head is not None else []
+    placed = {id(p) for p in embed + head}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in placed]
+    groups = {
+        "embed": [p for p in embed if p.requires_grad],
+        "head": head,
+        "matrix": [p for p in rest if not is_control(p)],
+        "scalar": [p for p in rest if is_control(p)],
+    }
+    grouped = [id(p) for group in groups.values() for p in group]
+    trainable = [id(p) for p in model.parameters() if p.requires_grad]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(trainable), "a parameter is in no group or in two"
+    return groups
+
+
+def orthogonalize(x: Tensor, steps: int) -> Tensor:
+    """x (n, R, C), R <= C, each matrix with its singular values pushed towards 1 by Newton-Schulz (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+class Muon:
+    """Momentum, then orthogonalised updates (https://kellerjordan.github.io/posts/muon/), batched by shape.
+
+    Matrices are laid on their side where that makes shapes equal; each rank orthogonalises its part of a batch.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, backend_steps: int, machine: Machine):
+        self.base_lr = self.lr = lr
+        self.momentum, self.backend_steps, self.machine = 0.95, backend_steps, machine
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if machine.compile else orthogonalize
+        self.batches: dict[tuple[int, int], list[nn.Parameter]] = {}
+        for p in params:
+            self.batches.setdefault((min(p.shape[-2:]), max(p.shape[-2:])), []).append(p)
+        self.buffers: dict[tuple[int, int], Tensor] = {}
+
+    @staticmethod
+    def on_side(x: Tensor) -> Tensor:
+        """A view of a matrix or stack of matrices as (n, R, C) with R <= C."""
+        x = x.reshape(-1, *x.shape[-2:])
+        return x.mT if x.size(-2) > x.size(-1) else x
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for shape, params in self.batches.items():
+            grads = torch.cat([self.on_side(p.grad) for p in params])  # (n, R, C)
+            if shape not in self.buffers:
+                self.buffers[shape] = torch.zeros_like(grads)
+            buffer = self.buffers[shape].mul_(self.momentum).add_(grads)
+            update = self.spread(grads.add_(buffer, alpha=self.momentum).to(self.machine.dtype))
+            parts = update.to(grads.dtype).split([math.prod(p.shape[:-2]) for p in params])
+            for p, part in zip(params, parts, strict=True):
+                rows, cols = p.shape[-2:]
+                upright = part.mT if rows > cols else part
+                p.add_(upright.reshape(p.shape), alpha=-self.lr * max(1.0, rows / cols) ** 0.5)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """orthogonalize(x), each rank doing its share of the batch."""
+        world = self.machine.world_size
+        if world == 1:
+            return self.orthogonalize(x, self.backend_steps)
+        share = -(-len(x) // world)
+        padded = torch.cat((x, x.new_zeros(share * world - len(x), *x.shape[1:])))
+        mine = self.orthogonalize(padded[self.machine.rank * share :][:share], self.backend_steps)
+        parts = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)[: len(x)]
+
+
+class Optimizers:
+    """Muon and Adam side by side, their rates scaled together."""
+
+    def __init__(self, model: LanguageModel, run: RunConfig, machine: Machine):
+        groups, self.run = parameter_groups(model), run
+        embed_lr = run.tied_embed_lr if model.head is None else run.embed_lr
+        rates = {"embed": embed_lr, "head": run.head_lr, "scalar": run.scalar_lr}
+        adam = [dict(params=groups[name], lr=lr, base_lr=lr) for name, lr in rates.items() if groups[name]]
+        self.adam = torch.optim.Adam(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
+        self.muon = Muon(groups["matrix"], run.matrix_lr, run.muon_backend_steps, machine)
+        self.params = [p for p in model.parameters() if p.requires_grad]
+
+    def step(self, step: int, lr_scale: float) -> None:
+        """Apply the gradients of the given step at lr_scale times the base rates, and drop them."""
+        run = self.run
+        if run.grad_clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.params, run.grad_clip_norm, foreach=True)
+        warm = min(1.0, step / run.muon_momentum_warmup_steps) if run.muon_momentum_warmup_steps else 1.0
+        self.muon.momentum = (1 - warm) * run.muon_momentum_warmup_start + warm * run.muon_momentum
+        self.muon.lr = self.muon.base_lr * lr_scale
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.muon.step()
+        self.adam.step()
+        for p in self.params:
+            p.grad = None
+
+
+# -----------------------------------------------------------------------------
+# Schedule
+
+
+class Schedule:
+    """How far the run is and what follows from it: the learning-rate scale, and when to stop.
+
+    Fed with times on which all ranks agree, so that every rank trains at the same rate and stops on the same step.
+    """
+
+    def __init__(self, run: RunConfig, step_seconds: float, lag: int):
+        self.run, self.lag = run, lag
+        self.recent = deque([step_seconds] if step_seconds else [], maxlen=20)
+        self.step_seconds = step_seconds
+        self.elapsed = 0.0
+        self.scales: list[float] = []
+
+    def completed(self, steps: int, elapsed: float, seconds: float) -> None:
+        """Told that `steps` steps are done after `elapsed` seconds, the last of which took `seconds`."""
+        self.elapsed, self.step_seconds = elapsed, elapsed / steps
+        self.recent.append(seconds)
+
+    def remaining_steps(self, step: int) -> float:
+        left = self.run.iterations - step
+        if self.run.schedule == "time" and self.step_seconds and self.run.cap_seconds < math.inf:
+            left = min(left, max(0.0, self.run.cap_seconds - self.elapsed) / self.step_seconds)
+        return left
+
+    def fraction(self, step: int) -> float:
+        """The part of the run that lies behind step `step`, 0 to 1."""
+        return step / max(1.0, step + self.remaining_steps(step))
+
+    def lr_scale(self, step: int) -> float:
+        """1, then linearly down to 0 over the warmdown, never more than warmdown_max_fraction of the run."""
+        left = self.remaining_steps(step)
+        warmdown = min(self.run.warmdown_iters, self.run.warmdown_max_fraction * (step + left))
+        self.scales.append(min(1.0, left / warmdown) if warmdown else 1.0)
+        return self.scales[-1]
+
+    def room_for(self, seconds: float) -> bool:
+        """Whether a pause of that many seconds and some more steps fit under the cap; all ranks agree."""
+        return self.elapsed + 1.5 * seconds + 4 * self.step_seconds < self.run.cap_seconds
+
+    def must_stop(self, step_began: float, now: float) -> bool:
+        """Whether the step after this one could end past the cap.
+
+        Slow steps come in spells, so the last 20 count and not their mean; the slowest of them does not, or one hiccup
+        of the machine would end a run early.
+        """
+        slow = 1.05 * sorted(self.recent)[-2:][0] if self.recent else 0.0
+        # With a lag, a step is in flight when this one is launched, and one more is before the vote is read.
+        return max(now, step_began + slow) + (1 + 2 * self.lag) * slow > self.run.cap_seconds
+
+
+# -----------------------------------------------------------------------------
+# Artifact: magic, header length and checksum, JSON header, one zstd frame of tensors. No pickle; needs no environment.
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION, MAX_HEADER_BYTES, MAX_RAW_BYTES = b"PGOLFKIT", 1, 1 << 20, 1 << 33
+ARTIFACT_PREFIX = struct.Struct("<8sIII")  # magic, version, header bytes, crc32 of the header
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool)
+}
+
+
+def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(int8 values, fp16 scales (rows, 1)) of a matrix; below 8 bits a row is clipped where the error is least."""
+    limit = 2 ** (bits - 1) - 1
+    rows = weight.detach().float().cpu().reshape(-1, weight.size(-1))
+    best = None
+    for clip in [1.0] if bits == 8 else np.linspace(1.0, 0.5, 11):
+        scale = (rows.abs().amax(dim=1, keepdim=True) * (clip / limit)).clamp(2**-24, 65_000).half()
+        values = (rows / scale.float()).round().clamp(-limit, limit)
+        error = (values * scale.float() - rows).square().sum(dim=1, keepdim=True)
+        if best is None:
+            best = values, scale, error
+        else:
+            better = error < best[2]
+            best = tuple(torch.where(better, new, old) for new, old in zip((values, scale, error), best, strict=True))
+    return best[0].to(torch.int8), best[1]
+
+
+def shuffled(x: Tensor) -> bytes:
+    """The tensor's bytes, all first bytes first: the high bytes of neighbouring numbers are alike and compress."""
+    raw = x.detach().cpu().contiguous().numpy()
+    return raw.reshape(-1).view(np.uint8).reshape(-1, raw.itemsize).T.tobytes()
+
+
+def unshuffled(data: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """The inverse of `shuffled`."""
+    planes = np.frombuffer(data, dtype=np.uint8).reshape(dtype.itemsize, -1)
+    return torch.from_numpy(planes.T.copy()).view(dtype).reshape(shape)
+
+
+def pack_artifact(
+    model: LanguageModel, arch: str, tokenizer_sha256: str | None, plan: ScorePlan, progress: float, bits: int
+) -> bytes:
+    """The bytes of model.bin: the model folded, matrices quantised per row, control tensors fp32, shared ones once."""
+    import zstandard
+
+    model = model.folded()
+    params = dict(model.named_parameters(remove_duplicate=False))
+    entries, chunks, first = [], [], {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        if key in first:
+            entries.append([name, "same", first[key]])
+            continue
+        first[key] = name
+        if tensor.is_floating_point() and name in params and not is_control(params[name]):
+            values, scales = quantize_rows(tensor, bits)
+            entries.append([name, "rows", list(tensor.shape)])
+            chunks += [shuffled(values), shuffled(scales)]
+        else:
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            entries.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+            chunks.append(shuffled(tensor))
+    payload = b"".join(chunks)
+    frame = zstandard.ZstdCompressor(level=22).compress(payload)
+    header = dict(
+        arch=arch,
+        config=asdict(model.config),
+        score=asdict(plan),
+        progress=progress,
+        quant_bits=bits,
+        tokenizer_sha256=tokenizer_sha256,
+        raw_bytes=len(payload),
+        frame_sha256=hashlib.sha256(frame).hexdigest(),
+        tensors=entries,
+    )
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), zlib.crc32(text)) + text + frame
+
+
+def save_atomically(path: Path, blob: bytes) -> None:
+    """Write the file whole or leave what was there before: a kill or a full disk leaves no half file."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path} ({len(blob):,} bytes): {error.strerror or error}; make room and run again"
+        ) from None
+
+
+def read_header(blob: bytes) -> tuple[dict, memoryview]:
+    """(header, compressed tensors) of an artifact; ValueError says in one line why it is refused."""
+    if len(blob) < ARTIFACT_PREFIX.size or not blob.startswith(ARTIFACT_MAGIC):
+        raise ValueError("not an artifact: it does not begin with PGOLFKIT")
+    _, version, header_bytes, checksum = ARTIFACT_PREFIX.unpack_from(blob)
+    if version != ARTIFACT_VERSION:
+        raise ValueError(f"artifact version {version}; this script reads version {ARTIFACT_VERSION}")
+    if header_bytes > min(MAX_HEADER_BYTES, len(blob) - ARTIFACT_PREFIX.size):
+        raise ValueError(
+            f"artifact header of {header_bytes} bytes: over the file's end or the limit of {MAX_HEADER_BYTES}"
+        )
+    text = blob[ARTIFACT_PREFIX.size : ARTIFACT_PREFIX.size + header_bytes]
+    if zlib.crc32(text) != checksum:
+        raise ValueError("artifact header does not match its checksum: the file is damaged")
+    frame = memoryview(blob)[ARTIFACT_PREFIX.size + header_bytes :]
+    header = json.loads(text)
+    if hashlib.sha256(frame).hexdigest() != header["frame_sha256"]:
+        raise ValueError("artifact tensors do not match their checksum: the file is cut short or damaged")
+    return header, frame
+
+
+def read_tensors(header: dict, frame: memoryview) -> dict[str, Tensor]:
+    """The state dict stored in an artifact, quantised rows back in fp32."""
+    import zstandard
+
+    raw_bytes = zstandard.frame_content_size(frame)  # what the decompressor will allocate
+    if raw_bytes != header["raw_bytes"] or raw_bytes > MAX_RAW_BYTES:
+        claimed = header["raw_bytes"]
+        raise ValueError(f"artifact claims {claimed} bytes of tensors, its frame {raw_bytes}; limit {MAX_RAW_BYTES}")
+    data = memoryview(zstandard.ZstdDecompressor().decompress(frame))
+    position, state = 0, {}
+
+    def take(dtype: torch.dtype, shape: list[int]) -> Tensor:
+        nonlocal position
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or position + size > len(data):
+            raise ValueError(f"artifact tensor of shape {shape} does not fit its data")
+        position += size
+        return unshuffled(data[position - size : position], dtype, shape)
+
+    for name, kind, shape in header["tensors"]:
+        if kind == "same":
+            state[name] = state[shape]
+        elif kind == "rows":
+            values = take(torch.int8, shape)
+            scales = take(torch.float16, [math.prod(shape[:-1]), 1])
+            state[name] = (values.reshape(-1, shape[-1]).float() * scales.float()).reshape(shape)
+        else:
+            state[name] = take(DTYPES[kind], shape)
+    if position != len(data):
+        raise ValueError(f"artifact holds {len(data) - position} bytes that belong to no tensor")
+    return state
+
+
+def fill_generated(model: LanguageModel) -> None:
+    """Put generated weights into their buffers, for scoring."""
+    with torch.no_grad():
+        for name, value in model.materialize().items():
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, value)
+
+
+def load_artifact(blob: bytes, device: torch.device) -> tuple[LanguageModel, ScorePlan, dict]:
+    """(model ready to score, how to score with it, header) from the bytes of model.bin and this script alone."""
+    try:
+        header, frame = read_header(blob)
+        state = read_tensors(header, frame)
+        Model, Config = load_architecture(header["arch"])
+        with torch.random.fork_rng(devices=[]):  # building a model draws numbers that a later run must not miss
+            model = Model(Config(**header["config"]))
+        model.load_state_dict(state)
+        plan = ScorePlan(**header["score"])
+        model.on_progress(float(header["progress"]))
+    except ValueError:
+        raise
+    except Exception as error:  # a well-formed file whose content makes no sense
+        raise ValueError(
+            f"artifact does not fit this script: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
+    model.to(device).eval().requires_grad_(False)
+    model.compute_dtype = score_dtype(device)
+    fill_generated(model)
+    return model, plan, header
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM: the first asks the training loop to stop, a later one leaves at once."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.previous = {}
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def catch(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.since is None:
+            self.since = now
+        elif now - self.since > 1.0:  # a terminal and torchrun both pass the same Ctrl-C on
+            os._exit(128 + number)
+
+
+class Report:
+    """A few numbers on their way from the device; reading waits for the step that made them and for nothing later."""
+
+    def __init__(self, values: Tensor):
+        self.values, self.made = values, None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self.made = torch.cuda.Event()
+            self.made.record()
+
+    def read(self) -> list[float]:
+        if self.made is not None:
+            self.made.synchronize()
+        return self.values.tolist()
+
+
+class Trainer:
+    """One model, its optimizers and the step that both warm-up and training run."""
+
+    def __init__(self, model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int):
+        self.model, self.run, self.machine, self.micro_batches = model, run, machine, micro_batches
+        self.optimizers = Optimizers(model, run, machine)
+
+        def loss(weights: dict[str, Tensor], input_ids: Tensor, target_ids: Tensor) -> Tensor:
+            if weights:
+                return torch.func.functional_call(model, weights, (input_ids, target_ids))
+            return model(input_ids, target_ids)
+
+        self.loss = torch.compile(loss, dynamic=False, fullgraph=True) if machine.compile else loss
+
+    def backward(self, batch: Tensor) -> Tensor:
+        """Leave this rank's mean gradient in .grad; its mean loss, a scalar on the device. batch is (rows, T + 1)."""
+        generated = self.model.materialize()
+        leaves = {name: value.detach().requires_grad_() for name, value in generated.items()}
+        total = torch.zeros((), device=batch.device)
+        for part in batch.chunk(self.micro_batches):
+            loss = self.loss(leaves, part[:, :-1].contiguous(), part[:, 1:].contiguous()) / self.micro_batches
+            loss.backward()
+            total += loss.detach()
+        if generated:
+            torch.autograd.backward(list(generated.values()), [leaf.grad for leaf in leaves.values()])
+        return total
+
+    def share(self, report: Tensor) -> Tensor:
+        """Average gradients over the ranks; the report (float32, 1-D) travels with them and comes back averaged."""
+        world = self.machine.world_size
+        if world == 1:
+            return report
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.optimizers.params]
+        flat = torch.cat([g.reshape(-1) for g in grads] + [report]).div_(world)
+        parts = self.machine.sum(flat).split([g.numel() for g in grads] + [len(report)])
+        for p, g, part in zip(self.optimizers.params, grads, parts, strict=False):
+            p.grad = part.view_as(g)
+        return parts[-1]
+
+    def fill_missing(self) -> None:
+        """A parameter outside this step's graph (a switch not yet flipped) gets a zero gradient."""
+        for p in self.optimizers.params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+    def train_step(self, batch: Tensor, step: int, lr_scale: float, votes: Callable[[], list[float]]) -> Tensor:
+        """One optimizer step; [loss, *votes()] averaged over the ranks.
+
+        Votes are cast after backward: elapsed seconds, stop after this step, drop this step for it is past the cap.
+        """
+        loss = self.backward(batch)
+        report = torch.cat((loss.float().reshape(1), torch.tensor(votes(), dtype=torch.float32).to(batch.device)))
+        report = self.share(report)
+        self.fill_missing()
+        if self.machine.lag or not report[-1] > 0:
+            self.optimizers.step(step, lr_scale)
+        return report
+
+    def warm_up(self, rows: int, log: RunLog) -> float:
+        """Run every graph on random tokens, then put everything back; seconds of a step (0 without warm-up)."""
+        model, seconds = self.model, 0.0
+        kept = {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        with torch.random.fork_rng(devices=[self.machine.device] if self.machine.device.type == "cuda" else []):
+            for fraction in (0.0, *model.progress_switches) if self.run.warmup_steps else ():
+                model.on_progress(fraction)
+                laps = []
+                for _ in range(self.run.warmup_steps):
+                    batch = torch.randint(
+                        model.config.vocab_size, (rows, model.config.train_seq_len + 1), device=self.machine.device
+                    )
+                    start = time.perf_counter()
+                    self.train_step(batch, 0, 1.0, lambda: [0.0, 0.0, 0.0]).tolist()
+                    laps.append(time.perf_counter() - start)
+                seconds = max(seconds, min(laps))  # the least: compilation and hiccups say nothing about the next step
+                done = f"{self.run.warmup_steps}/{self.run.warmup_steps}"
+                log(f"warmup_step:{done} at_fraction:{fraction} fastest:{1000 * min(laps):.0f}ms")
+        with torch.no_grad():
+            for name, t in [*model.named_parameters(), *model.named_buffers()]:
+                t.copy_(kept[name])
+        self.optimizers = Optimizers(model, self.run, self.machine)
+        model.on_progress(0.0)
+        return seconds
+
+
+@dataclass
+class Outcome:
+    """What training did."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    mean_lr_scale: float = 0.0
+    progress: float = 0.0
+    interrupted: bool = False
+
+
+def train(
+    trainer: Trainer,
+    loader: TokenLoader,
+    validate: Callable[[], Score],
+    step_seconds: float,
+    val_seconds: float,
+    log: RunLog,
+) -> Outcome:
+    """Train until the iterations, the clock or the user end it. The clock runs from here on and never pauses."""
+    run, machine, model = trainer.run, trainer.machine, trainer.model
+    schedule, outcome, pending = Schedule(run, step_seconds, machine.lag), Outcome(), deque()
+    start = last = time.perf_counter()
+
+    def finish() -> bool:
+        """Wait for the oldest step in flight, log it; True when all ranks are to stop."""
+        nonlocal last
+        step, report = pending.popleft()
+        loss, elapsed, stop, late = report.read()
+        now = time.perf_counter()
+        if late:
+            log(f"dropped_step:{step + 1} its gradient was ready only at {1000 * (now - start):.0f}ms, after the cap")
+            return True
+        outcome.steps, outcome.seconds = step + 1, now - start
+        schedule.completed(step + 1, elapsed if machine.world_size > 1 else now - start, now - last)
+        last = now
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step:{step + 1} train_loss is {loss}: training diverged. Lower MATRIX_LR={run.matrix_lr} and the "
+                f"other rates, or set GRAD_CLIP_NORM=1; the log up to here is kept"
+            )
+        done = step + 1
+        if done <= 10 or done % run.train_log_every == 0 or done == run.iterations:
+            milliseconds = 1000 * outcome.seconds
+            log(
+                f"step:{done}/{run.iterations} train_loss:{loss:.4f} train_time:{milliseconds:.0f}ms "
+                f"step_avg:{milliseconds / done:.2f}ms lr_scale:{schedule.scales[step]:.3f}"
+            )
+        return stop > 0
+
+    with Interrupt() as interrupt:
+
+        def votes() -> list[float]:
+            now = time.perf_counter() - start
+            stop = interrupt.since is not None or schedule.must_stop(step_began - start, now)
+            return [now, float(stop), float(now > run.cap_seconds and not machine.lag)]
+
+        stop, batches = schedule.must_stop(0.0, 0.0) and machine.world_size == 1, iter(loader)
+        for step in range(run.iterations if not stop else 0):
+            step_began = time.perf_counter()
+            outcome.progress = schedule.fraction(step)
+            model.on_progress(outcome.progress)
+            report = trainer.train_step(next(batches), step, schedule.lr_scale(step), votes)
+            pending.append((step, Report(report)))
+            while len(pending) > machine.lag:
+                stop = finish() or stop
+            if stop:
+                break
+            due = run.val_loss_every and (step + 1) % run.val_loss_every == 0 and step + 1 < run.iterations
+            if due and schedule.room_for(val_seconds):
+                log_score(log, f"step:{step + 1}/{run.iterations}", validate(), outcome)
+                last = time.perf_counter()
+        while pending:
+            finish()
+        batches.close()
+        outcome.interrupted = interrupt.since is not None
+    if outcome.steps < run.iterations:
+        reason = "interrupted" if outcome.interrupted else "wallclock_cap"
+        log(f"stopping_early: {reason} train_time:{1000 * outcome.seconds:.0f}ms step:{outcome.steps}/{run.iterations}")
+    outcome.progress = schedule.fraction(outcome.steps)
+    outcome.mean_lr_scale = sum(schedule.scales) / max(1, len(schedule.scales))
+    log.phase("validate", start + outcome.seconds)
+    return outcome
+
+
+def log_score(log: RunLog, prefix: str, found: Score, outcome: Outcome) -> None:
+    milliseconds = 1000 * outcome.seconds
+    log(
+        f"{prefix} val_loss:{found.val_loss:.4f} val_bpb:{found.val_bpb:.4f} train_time:{milliseconds:.0f}ms "
+        f"step_avg:{milliseconds / max(1, outcome.steps):.2f}ms"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def code_files() -> list[Path]:
+    """Every kit file that this run loaded: a handful in the repository, one once packed."""
+    kit = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "architectures" and m.__file__]
+    return sorted({Path(f).resolve() for f in (__file__, *kit)})
+
+
+def check_batch(run: RunConfig, T: int, world_size: int) -> None:
+    """Stop on a batch that cannot be dealt out to the ranks in whole sequences of T."""
+    if run.train_batch_tokens % (T * world_size):
+        raise ValueError(
+            f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={T} x "
+            f"{world_size} ranks = {T * world_size}, at least one sequence per rank"
+        )
+
+
+def micro_batch_count(run: RunConfig, model_config: ModelConfig, machine: Machine) -> int:
+    """Backward passes per step and rank: 1 unless memory asks for more."""
+    rank_tokens, T = run.train_batch_tokens // machine.world_size, model_config.train_seq_len
+    limit = run.micro_batch_tokens
+    if limit is None:
+        # Upstream's logs: 155 kB a token at 9 layers x 512; fp32 logits are kept about three times over.
+        token_bytes = 34 * model_config.num_layers * model_config.model_dim + 12 * model_config.vocab_size
+        memory = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else 8 << 30
+        limit = max(T, int(0.6 * memory / token_bytes))
+    rows = rank_tokens // T
+    return next(n for n in range(1, rows + 1) if (rows % n == 0 and (rows // n) * T <= limit) or n == rows)
+
+
+def prepare_run(run: RunConfig, model_config: ModelConfig, env=os.environ) -> tuple[Dataset, ModelConfig]:
+    """The data set, and the model config fitted to its vocabulary when VOCAB_SIZE is unset."""
+    dataset = Dataset(run.data_path, run.tokenizer_path)
+    if "VOCAB_SIZE" not in env:
+        model_config = dataclasses.replace(model_config, vocab_size=dataset.vocab_size)
+    if model_config.vocab_size < dataset.vocab_size:
+        raise ValueError(
+            f"VOCAB_SIZE={model_config.vocab_size} is too small: the tokenizer of {dataset.name} has "
+            f"{dataset.vocab_size}; unset VOCAB_SIZE"
+        )
+    return dataset, model_config
+
+
+def open_log(run: RunConfig, arch: str, machine: Machine) -> tuple[Path, RunLog]:
+    """(the run's folder, its log); a run never writes over another's."""
+    run.run_id = run.run_id or f"{arch}_seed{run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(run.out_dir) / run.run_id
+    if machine.rank:
+        return folder, RunLog(None)
+    try:
+        return folder, RunLog(folder / "train.log")
+    except FileExistsError:
+        raise ValueError(f"RUN_ID={run.run_id} has a log in {folder} already; choose another RUN_ID") from None
+
+
+def store(path: Path, machine: Machine, pack: Callable[[], bytes]) -> bytes:
+    """Rank 0 packs and writes the artifact; every rank gets the bytes that are on its disk."""
+    failed = torch.zeros(1, device=machine.device)
+    blob = error = None
+    if machine.rank == 0:
+        try:
+            save_atomically(path, pack())
+            blob = path.read_bytes()
+        except OSError as caught:
+            error, failed = caught, failed + 1
+    if machine.world_size > 1:
+        dist.broadcast(failed, 0)
+    if failed.item():
+        raise error or OSError("rank 0 could not write the artifact")
+    if machine.world_size > 1:
+        holder = [blob]
+        dist.broadcast_object_list(holder, 0, device=machine.device)
+        blob = holder[0]
+    return blob
+
+
+def verdict(result: dict, vocab_size: int) -> list[str]:
+    """Why a result may not be used as a score; empty when it may."""
+    reasons = []
+    if result["bytes_total"] > BYTE_CAP:
+        reasons.append(f"size: {result['bytes_total']} bytes of {BYTE_CAP}")
+    if result["cap_seconds"] and result["train_seconds"] > result["cap_seconds"]:
+        reasons.append(f"time: trained {result['train_seconds']:.3f} s of {result['cap_seconds']} s")
+    if not result["val_bpb"] < math.log2(vocab_size) * result["val_tokens"] / result["val_bytes"]:
+        reasons.append(f"score: {result['val_bpb']} is no better than the uniform distribution")
+    if result["quick_score"]:
+        reasons.append("quick: QUICK_SCORE=1 scored in the number format of training")
+    if result["partial"]:
+        reasons.append("partial: VAL_MAX_TOKENS left part of the validation text unscored")
+    return reasons
+
+
+def time_validation(validate: Callable[[], Score], machine: Machine) -> float:
+    """Seconds of one validation, the mean over the ranks; it compiles what validation needs before the clock starts."""
+    for _ in range(2):
+        start = time.perf_counter()
+        validate()
+        seconds = torch.tensor([time.perf_counter() - start], device=machine.device)
+    return machine.sum(seconds).item() / machine.world_size
+
+
+def announce(log: RunLog, model: LanguageModel, machine: Machine, loader: TokenLoader, why: str) -> None:
+    """Log what is about to be trained, and on what."""
+    params = sum(p.numel() for p in model.parameters())
+    log(f"model_params:{params} | world_size:{machine.world_size} | seed:{loader.seed}")
+    dtype, threads = str(machine.dtype).removeprefix("torch."), torch.get_num_threads()
+    log(f"device:{machine.device.type} dtype:{dtype} threads:{threads} hardware:{hardware_name(machine)}")
+    log(f"compile:{'on' if machine.compile else 'off'} ({why})")
+    log(f"train_loader: shards:{len(loader.files)} windows:{loader.num_windows} rows:{loader.rows}")
+
+
+def make_result(run: RunConfig, model: LanguageModel, machine: Machine, dataset: Dataset, outcome: Outcome) -> dict:
+    """What the result line says of the run itself; the scores and sizes are added by the caller."""
+    free = ("seed", "run_id", "out_dir", "data_path", "tokenizer_path")
+    settings = {k: v for k, v in (asdict(run) | asdict(model.config)).items() if k not in free}
+    return dict(
+        run_id=run.run_id,
+        seed=run.seed,
+        steps=outcome.steps,
+        iterations=run.iterations,
+        train_seconds=math.ceil(1000 * outcome.seconds) / 1000,  # never rounded under the cap
+        cap_seconds=run.max_wallclock_seconds,
+        step_avg_ms=round(1000 * outcome.seconds / max(1, outcome.steps), 3),
+        tokens_seen=outcome.steps * run.train_batch_tokens,
+        mean_lr_scale=round(outcome.mean_lr_scale, 4),
+        interrupted=outcome.interrupted,
+        carries_state=is_sequential(model),
+        params=sum(p.numel() for p in model.parameters()),
+        code_sha256=hashlib.sha256(b"".join(f.read_bytes() for f in code_files())).hexdigest(),
+        config_sha256=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        dataset=dataset.name,
+        data_sha256=dataset.sha256,
+        tokenizer_sha256=dataset.tokenizer_sha256,
+        world_size=machine.world_size,
+        device=machine.device.type,
+        hardware=hardware_name(machine),
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
+
+
+def log_result(log: RunLog, result: dict, bits: int) -> None:
+    """The last lines of a run: sizes and score in upstream's words, then everything as one JSON line."""
+    log(f"Serialized model int{bits}+zstd: {result['bytes_model']} bytes")
+    log(f"Code size: {result['bytes_code']} bytes")
+    log(f"Total submission size int{bits}+zstd: {result['bytes_total']} bytes")
+    loss, bpb, milliseconds = result["val_loss"], result["val_bpb"], 1000 * result["score_seconds"]
+    log(f"final_int{bits}_zstd_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{milliseconds:.0f}ms")
+    log(f"final_int{bits}_zstd_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+    for reason in result["invalid_reasons"]:
+        log(f"invalid: {reason}")
+    log("result:" + json.dumps(result))
+
+
+def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
+    """The whole run, from settings to result line; the exit status."""
+    Model, _ = load_architecture(arch)
+    dataset, model_config = prepare_run(run, model_config)
+    T = model_config.train_seq_len
+    plan = ScorePlan(run.eval_seq_len or T, run.eval_stride or run.eval_seq_len or T)
+    check_batch(run, T, int(os.environ.get("WORLD_SIZE", 1)))
+    val_tokens, val_bytes, partial = dataset.validation(run.val_max_tokens)
+    machine = make_machine(run)
+    machine.compile, why = compile_pays(run, machine.device)
+    if machine.compile:
+        torch._dynamo.config.recompile_limit = 64  # one graph per batch shape of Muon, per switch and score window
+    micro_batches = micro_batch_count(run, model_config, machine)
+    loader = TokenLoader(dataset.train_files, run, model_config, machine)
+    folder, log = open_log(run, arch, machine)
+    log.phase("setup", PROCESS_START)
+    log("config:" + json.dumps({"arch": arch} | asdict(run) | asdict(model_config)))
+
+    torch.manual_seed(run.seed)
+    model = Model(model_config).to(machine.device)
+    if machine.world_size > 1:  # ranks share the weights, not what a loss draws at random
+        torch.manual_seed(run.seed + machine.rank)
+    announce(log, model, machine, loader, why)
+
+    def validate() -> Score:
+        """The score of the weights in memory, in the number format of the final score."""
+        model.eval()
+        model.compute_dtype = machine.score_dtype
+        fill_generated(model)
+        found = score(model, val_tokens, val_bytes, plan, machine, run.val_batch_size)
+        model.compute_dtype = machine.dtype
+        model.train()
+        return found
+
+    log.phase("warmup")
+    model.compute_dtype = machine.dtype
+    trainer = Trainer(model, run, machine, micro_batches)
+    step_seconds = trainer.warm_up(loader.rows // machine.world_size, log)
+    val_seconds = time_validation(validate, machine) if run.val_loss_every else 0.0
+    log.phase("train")
+    outcome = train(trainer, loader, validate, step_seconds, val_seconds, log)
+    before = None if run.quick_score else validate()
+    if before:
+        log_score(log, f"step:{outcome.steps}/{run.iterations}", before, outcome)
+
+    log.phase("export")
+    settings = (arch, dataset.tokenizer_sha256, plan, outcome.progress, run.quant_bits)
+    blob = store(folder / "model.bin", machine, lambda: pack_artifact(model, *settings))
+    log.phase("score")
+    began = time.perf_counter()
+    reloaded, plan, _ = load_artifact(blob, machine.device)
+    reloaded.compute_dtype = machine.score_dtype
+    after = score(reloaded, val_tokens, val_bytes, plan, machine, run.val_batch_size)
+    score_seconds = round(time.perf_counter() - began, 3)
+    log.phase(None)
+
+    result = dict(arch=arch, val_loss=after.val_loss, val_bpb=after.val_bpb) | asdict(after)
+    if before:
+        result |= dict(pre_quant_val_loss=before.val_loss, pre_quant_val_bpb=before.val_bpb)
+    result |= dict(partial=partial, quick_score=run.quick_score)
+    result |= dict(score_seconds=score_seconds, eval_seq_len=plan.seq_len, eval_stride=plan.stride)
+    result |= dict(bytes_code=sum(f.stat().st_size for f in code_files()), bytes_model=len(blob))
+    result |= dict(bytes_total=result["bytes_code"] + len(blob), artifact_sha256=hashlib.sha256(blob).hexdigest())
+    result |= make_result(run, model, machine, dataset, outcome)
+    result["invalid_reasons"] = verdict(result, model_config.vocab_size)
+    result["valid"] = not result["invalid_reasons"]
+    log_result(log, result, run.quant_bits)
+    return 0 if result["valid"] or partial or run.quick_score else 3
+
+
+def serve(artifact: str) -> int:
+    """Score what standard input asks for, each request from a fresh state, and answer each with one JSON line."""
+    blob = Path(artifact).read_bytes()
+    device = pick_device(from_env(RunConfig).device)
+    machine = Machine(device, compile=device.type == "cuda")
+    model, plan, _ = load_artifact(blob, device)
+    for line in sys.stdin:
+        try:
+            request = json.loads(line)
+            if is_sequential(model):
+                model, plan, _ = load_artifact(blob, device)
+            tokens = read_shard(request["tokens"])
+            if len(tokens) and tokens.max() >= model.config.vocab_size:
+                raise ValueError(
+                    f"{request['tokens']} holds token {tokens.max()}, the model has {model.config.vocab_size}"
+                )
+            nats = score_stream(model, tokens, plan, machine)
+            save_atomically(Path(request["nats"]), nats.astype("<f4").tobytes())
+            answer = {"nats": request["nats"], "targets": len(nats)}
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    try:
+        if len(argv) == 2 and argv[0] == "score":
+            return serve(argv[1])
+        if argv:
+            raise ValueError(f"unknown arguments {' '.join(argv)}; settings are environment variables, see --help")
+        return run_training(*read_settings())
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # tearing torch down takes most of a second that a user would wait for an error message
