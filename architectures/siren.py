@@ -24,6 +24,7 @@ from architectures.layers import Linear, control, rms_norm
 from architectures.time_index import one_of
 
 NUM_WAVES = 64
+SLOWER = 3.0  # weights are stored larger than they act: a step of Muon in all layers at once would turn phases too far
 WAVE_SEED, BASE_SEED = 1, 2  # of the waves' directions and of the random matrix
 
 
@@ -32,7 +33,7 @@ class Config(GeneratedConfig):
     env_prefix: ClassVar[str] = "SIREN_"
 
     siren_hidden: int = 256
-    siren_layers: int = 3  # of sines; one without follows
+    siren_layers: int = 2  # of sines; one without follows. More of them train more slowly
     siren_omega: float = 30.0  # how fast the first layer's sines begin
     siren_rank: int = field(default=192, metadata={"other": 8})
     siren_code: int = field(default=0, metadata={"other": 16})  # learned numbers per index; 0 = off
@@ -87,15 +88,15 @@ class Generator(nn.Module):
             for axis, size in config.axis_sizes().items():
                 self.codes[axis] = control(nn.Parameter(4 * torch.randn(size, config.siren_code)))
         inputs = [config.num_coordinates, *[H] * (config.siren_layers - 1)]
-        self.layers = nn.ModuleList(Linear(n, H) for n in inputs)
+        self.layers = nn.ModuleList(Linear(n, H) for n in inputs)  # SLOWER times what acts
         # Zero: a sine of a symmetric input keeps unlike inputs unlike, one with a phase makes all outputs alike.
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(H)) for _ in inputs)
         self.out = Linear(H, config.siren_rank)
         for layer in self.layers:
-            nn.init.orthogonal_(layer.weight, gain=2**0.5)  # keeps phases of variance 1: a sine's mean square is 1/2
-        bound = config.siren_omega / 15 * (6 / config.num_coordinates) ** 0.5  # phases of deviation omega / 15
+            nn.init.orthogonal_(layer.weight, gain=SLOWER * 2**0.5)  # a sine's mean square is 1/2: phases of variance 1
+        bound = SLOWER * config.siren_omega / 15 * (6 / config.num_coordinates) ** 0.5  # phases of deviation omega / 15
         nn.init.uniform_(self.layers[0].weight, -bound, bound)
-        nn.init.orthogonal_(self.out.weight)
+        nn.init.orthogonal_(self.out.weight, gain=SLOWER)
 
     def axes_of(self, name: str) -> list[tuple[str, int]]:
         """(what it stands for, size) of the rows and of the columns of a matrix."""
@@ -114,7 +115,7 @@ class Generator(nn.Module):
             codes = torch.cat([rms_norm(self.codes[axis]) for axis, _ in self.sides])
             h = torch.cat((h, codes.expand(len(h), -1, -1)), dim=-1)
         for layer, bias in zip(self.layers, self.biases, strict=True):
-            h = torch.sin(layer(h) + bias)
+            h = torch.sin(layer(h) / SLOWER + bias)
         factors = iter(self.out(h).split([size for _, size in self.sides], dim=1))
         return {name: next(factors) @ next(factors).mT for name in self.config.matrices()}
 

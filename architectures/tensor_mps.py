@@ -74,7 +74,8 @@ class MatrixProduct(nn.Module):
         super().__init__()
         D, X = config.model_dim, config.mps_bond
         self.physical = Linear(D, config.mps_phys)
-        self.core = Linear(config.mps_phys, X * X)  # G, one for each site's number
+        # G, a row for each of a site's numbers: Muon would move a column of X^2 rows X / sqrt(MPS_PHYS) times as far.
+        self.core = nn.Parameter(torch.randn(config.mps_phys, X * X) * (config.mps_phys * X) ** -0.5)
         # Rows that turn fast and slowly: memories of a few tokens and of many.
         self.rate = control(nn.Parameter(torch.logspace(0, -2, X)))
         self.start = control(nn.Parameter(torch.ones(X)))  # h_0
@@ -85,7 +86,7 @@ class MatrixProduct(nn.Module):
     def matrices(self, x: Tensor) -> Tensor:
         """A of every token of x (B, T, D), fp32 (B, T, X, X)."""
         sites = rms_norm(self.physical(x))
-        moves = self.core(sites).float().unflatten(2, (len(self.rate), -1))
+        moves = (sites @ self.core.to(x.dtype)).float().unflatten(2, (len(self.rate), -1))
         return torch.eye(len(self.rate), device=x.device) + self.rate[:, None] * moves
 
     def forward(self, x: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def test_the_smoke_run_reports_a_script_that(by_steps, data, tmp_path, what):
 
 
 def test_the_replay_catches_a_log_of_another_learning_rate(by_steps, data, tmp_path):
-    faster = doctored(by_steps, tmp_path, lambda s: swap(s, "run.matrix_lr, run.muon", "2 * run.matrix_lr, run.muon"))
+    faster = doctored(by_steps, tmp_path, lambda s: swap(s, "self.lr = run.matrix_lr", "self.lr = 2 * run.matrix_lr"))
     assert "in the log and" in problems(faster, data, "P18")
 
 

@@ -177,7 +177,7 @@ def test_a_signal_stops_training_and_keeps_what_there_is(data, tmp_path, number)
 
 
 def test_a_second_signal_leaves_at_once(data, tmp_path):
-    running = start_endless_run(data, tmp_path, TRAIN_BATCH_TOKENS=131_072)
+    running = start_endless_run(data, tmp_path, TRAIN_BATCH_TOKENS=524_288)
     running.send_signal(signal.SIGINT)
     time.sleep(1.2)
     running.send_signal(signal.SIGINT)
