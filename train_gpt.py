@@ -132,6 +132,11 @@ class RunConfig:
     def cap_seconds(self) -> float:
         return self.max_wallclock_seconds or math.inf
 
+    @property
+    def deadline(self) -> float:
+        """Seconds by which a step is planned to end: the rest up to the cap is for the hiccups of the machine."""
+        return self.cap_seconds - 0.02
+
 
 def parse(name: str, text: str, kind):
     """The value of variable `name` for a field of type bool, int, float, str or one of these `| None`."""
@@ -845,7 +850,7 @@ class Schedule:
         """
         slow = 1.05 * sorted(self.recent)[-2:][0] if self.recent else 0.0
         # With a lag, a step is in flight when this one is launched, and one more is before the vote is read.
-        return max(now, step_began + slow) + (1 + 2 * self.lag) * slow > self.run.cap_seconds
+        return max(now, step_began + slow) + (1 + 2 * self.lag) * slow > self.run.deadline
 
 
 # -----------------------------------------------------------------------------
@@ -1223,6 +1228,7 @@ class Trainer:
     def __init__(self, model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int):
         self.model, self.run, self.machine, self.micro_batches = model, run, machine, micro_batches
         self.optimizers = Optimizers(model, run, machine)
+        self.update_seconds = 0.0  # of the optimizers' step, the longest of late
 
         def loss(weights: dict[str, Tensor], input_ids: Tensor, target_ids: Tensor) -> Tensor:
             if weights:
@@ -1265,14 +1271,16 @@ class Trainer:
     def train_step(self, batch: Tensor, step: int, lr_scale: float, votes: Callable[[], list[float]]) -> Tensor:
         """One optimizer step; [loss, *votes()] averaged over the ranks.
 
-        Votes are cast after backward: elapsed seconds, stop after this step, drop this step for it is past the cap.
+        Votes are cast after backward: elapsed seconds, stop after this step, drop this step for it would end too late.
         """
         loss = self.backward(batch)
         report = torch.cat((loss.float().reshape(1), torch.tensor(votes(), dtype=torch.float32).to(batch.device)))
         report = self.share(report)
         self.fill_missing()
         if self.machine.lag or not report[-1] > 0:
+            start = time.perf_counter()
             self.optimizers.step(step, lr_scale)
+            self.update_seconds = max(time.perf_counter() - start, 0.9 * self.update_seconds)
         return report
 
     def warm_up(self, rows: int, log: RunLog) -> float:
@@ -1332,7 +1340,7 @@ def train(
         loss, elapsed, stop, late = report.read()
         now = time.perf_counter()
         if late:
-            log(f"dropped_step:{step + 1} its gradient was ready only at {1000 * (now - start):.0f}ms, after the cap")
+            log(f"dropped_step:{step + 1} its gradient was ready only at {1000 * (now - start):.0f}ms, too late for the cap")
             return True
         outcome.steps, outcome.seconds = step + 1, now - start
         schedule.completed(step + 1, elapsed if machine.world_size > 1 else now - start, now - last)
@@ -1356,7 +1364,7 @@ def train(
         def votes() -> list[float]:
             now = time.perf_counter() - start
             stop = interrupt.since is not None or schedule.must_stop(step_began - start, now)
-            return [now, float(stop), float(now > run.cap_seconds and not machine.lag)]
+            return [now, float(stop), float(now + trainer.update_seconds > run.deadline and not machine.lag)]
 
         stop, batches = schedule.must_stop(0.0, 0.0) and machine.world_size == 1, iter(loader)
         for step in range(run.iterations if not stop else 0):

@@ -18,15 +18,16 @@ TINY = dict(
     NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=512, WARMUP_STEPS=1
 )
 TINY |= dict(ITERATIONS=8, COMPILE=0, DEVICE="cpu", TRAIN_LOG_EVERY=1)
+# For what depends on the clock: a machine that others use too may stand still for a moment, but not three times.
+timed = pytest.mark.flaky(reruns=2)
 SETTINGS = {f.upper() for f in train_gpt.RunConfig.__dataclass_fields__} | set(TINY) | {"ARCH", "VOCAB_SIZE"}
 
 
 @pytest.fixture(autouse=True, scope="session")
 def quiet_torch() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(
-        1
-    )  # tiny models are faster so, and threads of two programs that share a core wait for each other
+    # Tiny models are faster so, and threads of two programs that share a core wait for each other.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, result_of, run_script, sys, write_bytes_data, write_shard
+from conftest import ROOT, TINY, environment, result_of, run_script, sys, timed, write_bytes_data, write_shard
 
 import train_gpt
 from architectures.layers import causal_attention
@@ -143,6 +143,7 @@ def test_same_seed_gives_the_same_artifact_and_another_seed_does_not(data, tmp_p
     assert digests[0] == digests[1] != digests[2]
 
 
+@timed
 def test_training_ends_before_the_cap_and_close_to_it(data, tmp_path):
     settings = TINY | dict(
         DATA_PATH=data,
@@ -159,6 +160,7 @@ def test_training_ends_before_the_cap_and_close_to_it(data, tmp_path):
     assert "stopping_early: wallclock_cap" in done.stdout and result["mean_lr_scale"] > 0.3
 
 
+@timed
 def test_validation_in_mid_run_costs_clock_time_and_is_left_out_where_it_does_not_fit(data, tmp_path):
     settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="v", ITERATIONS=100_000, TRAIN_LOG_EVERY=10_000)
     done = run_script(settings | dict(MAX_WALLCLOCK_SECONDS=4, VAL_LOSS_EVERY=20))
@@ -166,6 +168,7 @@ def test_validation_in_mid_run_costs_clock_time_and_is_left_out_where_it_does_no
     assert len(re.findall(r"^step:\d+/100000 val_loss", done.stdout, flags=re.M)) >= 2
 
 
+@timed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_training_and_keeps_what_there_is(data, tmp_path, number):
     running = start_endless_run(data, tmp_path)
@@ -176,6 +179,7 @@ def test_a_signal_stops_training_and_keeps_what_there_is(data, tmp_path, number)
     assert "stopping_early: interrupted" in rest
 
 
+@timed
 def test_a_second_signal_leaves_at_once(data, tmp_path):
     running = start_endless_run(data, tmp_path, TRAIN_BATCH_TOKENS=524_288)
     running.send_signal(signal.SIGINT)

@@ -14,6 +14,7 @@ README.md. Artifacts stay in runs/studies/, which git ignores.
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,9 +41,11 @@ def do_all(runs: list[Run], design: Design, words: str) -> list[str]:
         return do_missing(missing, folder, ROOT / "runs" / "studies" / folder.name, tell)
 
 
-def measure_missing(design: Design, rounds: int) -> None:
+def measure_missing(design: Design, rounds: int, only: Collection[str] | None = None) -> None:
     """File what a step of each arm costs, group by group, unless it is there."""
     for group in design.study.groups:
+        if only is not None and group.name not in only:
+            continue
         paths = {arm.name: design.measure_path(group, arm) for arm in group.arms}
         if group.budget.keys() == {"steps", "clock_of"} or all(path.is_file() for path in paths.values()):
             continue  # by the clock: the arms are those of another group, which is measured
@@ -67,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f'no group is named "{unknown.pop()}"; there are {[group.name for group in study.groups]}')
         design, failures = Design(study), []
         if options.measure:
-            measure_missing(design, options.rounds)
+            measure_missing(design, options.rounds, options.group)
         elif options.list:
             for run in [*design.tuning(), *design.runs(options.group)]:
                 done = (study.folder / "runs" / f"{run.key}.json").is_file()
@@ -75,10 +78,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         elif not options.report:
             failures = do_all(design.tuning(), design, "tuning")
-            if not failures and any("clock_of" in group.budget for group in study.groups):
-                measure_missing(design, options.rounds)
-            failures += [] if failures else do_all(design.runs(options.group), design, "runs")
-            measure_missing(design, options.rounds)
+            if not failures:
+                measure_missing(design, options.rounds, design.clocks(options.group))
+                failures += do_all(design.runs(options.group), design, "runs")
+            measure_missing(design, options.rounds, options.group)
         save_atomically(study.folder / "plan.json", json.dumps(design.plan(), indent=1).encode() + b"\n")
         for path in write_report(study.folder):
             print(f"written: {path}")

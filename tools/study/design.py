@@ -66,13 +66,28 @@ class Design:
             fixed |= fitted_width(arm, stored_bytes(model.arch, model.settings, self.vocab_size), self.vocab_size)
         return fixed
 
-    def measured_group(self, arm: Arm) -> Group | None:
-        """A group in which the arm, as [arms] has it, was measured."""
+    def timed_group(self, arm: Arm) -> Group | None:
+        """The group in which the arm's step, as [arms] has it, is timed for the groups that go by the clock."""
         for group in self.study.groups:
-            named = {other.name: other for other in group.arms}
-            if arm.base in named and "clock_of" not in group.budget and "bytes_of" not in group.budget:
-                return group if self.measure_path(group, named[arm.base]).is_file() else None
+            if arm.base in {other.name for other in group.arms} and not group.budget.keys() & {"clock_of", "bytes_of"}:
+                return group
         return None
+
+    def measured_group(self, arm: Arm) -> Group | None:
+        """The same, once it is measured."""
+        group = self.timed_group(arm)
+        named = {other.name: other for other in group.arms} if group else {}
+        return group if group and self.measure_path(group, named[arm.base]).is_file() else None
+
+    def clocks(self, only: list[str] | None = None) -> set[str]:
+        """The groups that must be measured before the runs of these groups are known."""
+        timed = [
+            self.timed_group(arm)
+            for group in self.study.groups
+            if "clock_of" in group.budget and (only is None or group.name in only)
+            for arm in group.arms
+        ]
+        return {group.name for group in timed if group}
 
     def arm_runs(self, group: Group, arm: Arm) -> dict[int, Run]:
         """The arm's runs by seed; empty while they are not known."""
