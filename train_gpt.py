@@ -1271,7 +1271,7 @@ class Trainer:
     def train_step(self, batch: Tensor, step: int, lr_scale: float, votes: Callable[[], list[float]]) -> Tensor:
         """One optimizer step; [loss, *votes()] averaged over the ranks.
 
-        Votes are cast after backward: elapsed seconds, stop after this step, drop this step for it would end too late.
+        Votes are cast after backward: elapsed seconds, stop after this step, drop this step for it ends too late.
         """
         loss = self.backward(batch)
         report = torch.cat((loss.float().reshape(1), torch.tensor(votes(), dtype=torch.float32).to(batch.device)))
@@ -1340,7 +1340,7 @@ def train(
         loss, elapsed, stop, late = report.read()
         now = time.perf_counter()
         if late:
-            log(f"dropped_step:{step + 1} its gradient was ready only at {1000 * (now - start):.0f}ms, too late for the cap")
+            log(f"dropped_step:{step + 1} its gradient was ready at {1000 * (now - start):.0f}ms, too late for the cap")
             return True
         outcome.steps, outcome.seconds = step + 1, now - start
         schedule.completed(step + 1, elapsed if machine.world_size > 1 else now - start, now - last)

@@ -317,7 +317,7 @@ def test_a_line_that_is_late_alone_is_no_slow_clock():
 def test_a_step_that_is_dropped_may_end_after_the_bell():
     run = run_with([(1.0, 1.0), (2.0, 2.0)], 2.5)
     trained = run.lines.pop()
-    run.lines += [(103.0, "dropped_step:3 its gradient was ready only at 3000ms, too late for the cap"), (103.0, trained[1])]
+    run.lines += [(103.0, "dropped_step:3 its gradient was ready at 3000ms, too late for the cap"), (103.0, trained[1])]
     assert training.after_the_bell(run, 0.25) == []
     del run.lines[-2]
     assert "0.50 s after the bell" in training.after_the_bell(run, 0.25)[0]

@@ -140,6 +140,25 @@ def test_equal_settings_are_one_run_in_whatever_group_they_stand(write):
     assert len({run.key for run in design.runs()}) == len(design.runs())
 
 
+def test_arms_far_from_the_baseline_have_one_seed_and_the_close_ones_more(write):
+    seeds = "seeds = {first = 1, close = 2, within = 0.05}"
+    more = MORE.replace("budget = {steps = 4}", f"budget = {{steps = 4}}\n{seeds}", 1)
+    design = Design(load_study(write(more, seeds=("seeds = [1, 2]", "seeds = [1, 2, 3]"))))
+    group = design.study.groups[1]
+    arms = group.arms[:2]
+
+    def counts() -> list[int]:
+        return [len(design.arm_runs(group, arm)) for arm in arms]
+
+    assert counts() == [0, 0]
+    tune_all(design)
+    assert [arm.name for arm in arms] == ["ti_mlp", "ti_mlp TI_FEAT=const"] and counts() == [3, 1]
+    for far, wanted in ((0.06, [3, 1]), (0.04, [3, 2]), (-0.3, [3, 2])):
+        for arm, score in zip(arms, (2.0, 2.0 + far), strict=True):
+            file_row(design, design.arm_runs(group, arm)[1], val_bpb=score)
+        assert counts() == wanted
+
+
 def test_a_group_of_equal_bytes_narrows_the_larger_model(write):
     design = Design(load_study(write(MORE)))
     tune_all(design)

@@ -121,6 +121,22 @@ def test_claim_with_one_common_seed_is_not_resolved(folder):
     assert "| 1 of 5 | not resolved |" in texts(folder)["README.md"]
 
 
+@pytest.mark.parametrize(("score", "said"), [(2.9, claims.HOLDS), (2.12, claims.OPEN), (1.3, claims.FAILS)])
+def test_an_arm_of_a_single_run_is_tested_against_all_runs_of_the_other(folder, score, said):
+    def one_seed(plan: dict) -> None:
+        arm = plan["groups"][0]["arms"][3]
+        arm.update(runs={"42": arm["runs"]["42"]})
+
+    edit(folder / "plan.json", one_seed)
+    edit(folder / "runs" / "tong_ode_42.json", lambda run: run.update(val_bpb=score))
+    (found,) = verdict(folder, a_claim("tong_ode", "gpt", "val_bpb", "higher"))
+    base = results.read_study(folder).group("same shape").arm("gpt").values("val_bpb")
+    assert (found.verdict, found.n, found.num_wanted) == (said, 1, 1)
+    assert found.value == pytest.approx(score - np.mean([*base.values()]))
+    t = found.value / (np.std([*base.values()], ddof=1) * math.sqrt(1 + 1 / 5))
+    assert found.p == pytest.approx(2 * scipy_stats.t.sf(abs(t), 4))
+
+
 def test_equal_scores_are_a_dead_knob_and_no_finding(folder):
     for seed in SEEDS:
         score, other = 2.16 + seed / 10_000, 2.160001 + seed / 10_000 + seed / 1e9

@@ -100,6 +100,8 @@ def test_runs_that_do_not_beat_the_bigram_table_are_named(folder):
 def test_seeds_of_the_plan_are_wanted_of_every_arm(folder):
     def replan(plan: dict) -> None:
         plan.update(seeds=[*SEEDS, 7])
+        for group in plan["groups"]:
+            group["arms"][0]["runs"]["7"] = "gpt_7"
         plan["groups"][1]["arms"][1].update(runs={})  # not planned yet: its steps are those of a clock
 
     edit(folder / "plan.json", replan)

@@ -41,6 +41,15 @@ def do_all(runs: list[Run], design: Design, words: str) -> list[str]:
         return do_missing(missing, folder, ROOT / "runs" / "studies" / folder.name, tell)
 
 
+def do_runs(design: Design, only: list[str] | None) -> list[str]:
+    """Do the runs of these groups, then those that they showed to be needed; what failed."""
+    done, failures = set(), []
+    while runs := [run for run in design.runs(only) if run.key not in done]:
+        failures += do_all(runs, design, "runs")
+        done |= {run.key for run in runs}
+    return failures
+
+
 def measure_missing(design: Design, rounds: int, only: Collection[str] | None = None) -> None:
     """File what a step of each arm costs, group by group, unless it is there."""
     for group in design.study.groups:
@@ -80,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             failures = do_all(design.tuning(), design, "tuning")
             if not failures:
                 measure_missing(design, options.rounds, design.clocks(options.group))
-                failures += do_all(design.runs(options.group), design, "runs")
+                failures += do_runs(design, options.group)
             measure_missing(design, options.rounds, options.group)
         save_atomically(study.folder / "plan.json", json.dumps(design.plan(), indent=1).encode() + b"\n")
         for path in write_report(study.folder):

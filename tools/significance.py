@@ -118,6 +118,19 @@ def welch(new: list[float], old: list[float], margin: float = 0.0) -> TTest:
     return t_test(b.mean - a.mean, float(error), float(df), margin)
 
 
+def lone(new: list[float], old: list[float], margin: float = 0.0) -> TTest:
+    """The test of one score against three or more of the other side, whose deviation it is taken to have (Crawford and
+    Howell 1998); ValueError if neither side is a single score or the other has no spread.
+    """
+    a, b = describe(finite(new, 1, "new")), describe(finite(old, 1, "old"))
+    several = max(a, b, key=lambda side: side.n)
+    if min(a.n, b.n) != 1 or several.n < 3:
+        raise ValueError(f"{a.n} new and {b.n} old scores; this test needs one against at least three")
+    if not several.deviation:
+        raise ValueError("the scores have no spread; a t-test needs some")
+    return t_test(b.mean - a.mean, several.deviation * math.sqrt(1 + 1 / several.n), several.n - 1, margin)
+
+
 def gains(new: list[float], old: list[float]) -> list[float]:
     """old - new of each pair."""
     new, old = finite(new, 2, "new"), finite(old, 2, "old")

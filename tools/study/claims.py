@@ -98,9 +98,10 @@ def measured(finding: Finding, group: Group) -> tuple[Finding, Pair | None]:
     if not pair.n:
         none = [one.name for one in (arm, against) if not one.values(finding.metric)]
         return replace(finding, words=f"no runs of {' and '.join(none)}" if none else "no seed in common"), None
+    wanted = len(set(arm.seeds) & set(against.seeds))
     means = [sig.describe([*one.values(finding.metric).values()]).mean for one in (arm, against)]
     finding = replace(
-        finding, arm_mean=means[0], against_mean=means[1], n=pair.n, num_wanted=None if timed else len(group.seeds)
+        finding, arm_mean=means[0], against_mean=means[1], n=pair.n, num_wanted=None if timed else wanted
     )
     if finding.expect == "ratio":
         return ratio_of(finding, arm, against, pair), pair
@@ -138,7 +139,8 @@ def decided_difference(finding: Finding, pair: Pair, num_tests: int) -> Finding:
     if finding.p_holm < LEVEL:
         return replace(finding, verdict=HOLDS if as_claimed else FAILS, words=means)
     least = smallest_effect(pair.paired, LEVEL / num_tests)
-    shown = f"{means}; {pair.n} pairs find a true difference of {show(least, finding.metric)} in four of five studies"
+    such = f"{pair.n} pairs find" if pair.n > 1 else "one score finds"
+    shown = f"{means}; {such} a true difference of {show(least, finding.metric)} in four of five studies"
     return replace(finding, verdict=OPEN, smallest_effect=least, words=shown)
 
 

@@ -54,7 +54,7 @@ def arm_summary(arm: Arm, group: Group) -> dict:
     speed = sig.describe(rounds, arm.name) if rounds else None
     found = {
         "arch": arm.arch, "settings": arm.settings, "tuned": arm.tuned, "num_seeds": len(scores),
-        "num_seeds_planned": len(group.seeds), "seeds_without_score": arm.failed, "all_losses": scores,
+        "num_seeds_planned": len(arm.seeds), "seeds_without_score": arm.failed, "all_losses": scores,
         "loss_mean": sample and sample.mean, "loss_std": sample and sample.deviation,
         "loss_sem": sample.deviation / math.sqrt(sample.n) if many else None,
         "loss_ci95": [sample.low, sample.high] if many else None,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,20 @@ class Design:
         return {group.name for group in timed if group}
 
     def arm_runs(self, group: Group, arm: Arm) -> dict[int, Run]:
-        """The arm's runs by seed; empty while they are not known."""
+        """The arm's runs by seed; empty while they are not known. What the first seeds show decides on more."""
+        runs = self.seeded_runs(group, arm)
+        if group.seeds is None or arm.name == group.baseline or not runs:
+            return runs
+        first = self.study.seeds[: group.seeds["first"]]
+        base = self.seeded_runs(group, next(arm for arm in group.arms if arm.name == group.baseline))
+        pairs = [(self.row(runs[seed]), self.row(base[seed]) if base else None) for seed in first]
+        done = all(mine and theirs and mine["val_bpb"] is not None for mine, theirs in pairs)
+        gap = sum(mine["val_bpb"] - theirs["val_bpb"] for mine, theirs in pairs) / len(first) if done else math.inf
+        count = group.seeds["close" if gap < group.seeds["within"] else "first"]
+        return {seed: runs[seed] for seed in self.study.seeds[:count]}
+
+    def seeded_runs(self, group: Group, arm: Arm) -> dict[int, Run]:
+        """The run of every seed of the study; empty while they are not known."""
         tuned, budget = self.tuned(arm.base), self.budget_settings(group, arm)
         if tuned is None or budget is None:
             return {}

@@ -13,8 +13,10 @@ BIGRAM = "bigram"
 READING = """Loss is bits per byte of the validation text, lower is better, of the model as stored and read back. Each
 arm has its mean over seeds, its sample deviation (n-1) and a 95 % t interval. Runs of one seed share initialisation and
 data order, so differences (arm - baseline, below 0: the arm is better) are paired by seed, with a paired t-test and
-Holm's correction over a group's comparisons with its baseline. d_z is the mean difference over the deviation of the
-differences, Hedges' g over the pooled deviation. Step times are medians over rounds in which the arms took turns."""
+Holm's correction over a group's comparisons with its baseline. An arm of a single run is set against the mean of the
+other's three or more, by the test of one score that takes its deviation to be theirs (Crawford and Howell 1998). d_z is
+the mean difference over the deviation of the differences, Hedges' g over the pooled deviation. Step times are medians
+over rounds in which the arms took turns."""
 
 JUDGING = """A difference holds, or does not, if its paired test is significant at 5 % after Holm's correction over the
 claims; a ratio if its whole 95 % interval lies on one side of what is claimed. What is not resolved may be true or not:

@@ -1,4 +1,5 @@
-"""Tests and effect sizes for the pairs of arms in a group: runs of one seed are pairs.
+"""Tests and effect sizes for the pairs of arms in a group: runs of one seed are pairs. An arm meant to have one run is
+tested against all runs of an arm that has three or more.
 
 Every difference is arm - against: below 0, the arm has the lower loss.
 """
@@ -26,8 +27,8 @@ class Pair:
     arm: str
     against: str
     keys: tuple[int, ...]  # seeds that both have (rounds, for step times)
-    difference: float | None  # mean over the pairs
-    paired: sig.TTest | None  # its gain is the difference
+    difference: float | None  # mean over the pairs; of a single score, to the mean of the other arm's
+    paired: sig.TTest | None  # its gain is the difference; of a single score, the test against all of the other arm's
     welch: sig.TTest | None
     d_z: float | None  # the difference over the deviation of the differences
     hedges_g: float | None  # over the pooled deviation, corrected for few seeds
@@ -59,13 +60,16 @@ def compare(arm: Arm, against: Arm, metric: str = "val_bpb") -> Pair:
     mine, other = [a[key] for key in keys], [b[key] for key in keys]
     # significance counts a gain as old - new, so the difference arm - against is the gain of `against` over `arm`
     paired, why = tried(sig.paired, other, mine)
+    single = len(keys) == 1 == min(len(arm.seeds), len(against.seeds))
+    alone, _ = tried(sig.lone, [*b.values()], [*a.values()]) if single else (None, "")
     welch, _ = tried(sig.welch, [*b.values()], [*a.values()])
     within, _ = tried(sig.effect, other, mine, pairs=True)
     pooled, _ = tried(sig.effect, [*b.values()], [*a.values()])
     exact, _ = tried(sig.permutation, other, mine, pairs=True)
     scored = metric == "val_bpb" and bool(keys)
+    difference = alone.gain if alone else float(np.mean(mine) - np.mean(other)) if keys else None
     return Pair(
-        arm.name, against.name, keys, float(np.mean(mine) - np.mean(other)) if keys else None, paired, welch,
+        arm.name, against.name, keys, difference, paired or alone, welch,
         within and within.d, pooled and pooled.g, exact and exact.p_two_sided,
         min(1.0, 2 * sig.smallest_p(len(keys))) if keys else None,
         scored and bool(sig.dead_knobs({against.name: b, arm.name: a})),

@@ -19,6 +19,8 @@ gpt = {}                          ARCH is the arm's name unless it says otherwis
 name = "same shape"               question = "..."
 baseline = "gpt"                  arms = ["gpt", "ti_ssm lti"]
 vary = {TI_FEAT = ["const"]}      optional: a copy of each arm (but the baseline) for every combination
+seeds = {first = 1, close = 3, within = 0.05}   optional: each arm is run with the first seed, those within so many
+                                  bits per byte of the baseline on it with three, the baseline with all
 budget = {steps = 200}            or {seconds = 600}: by the clock; or {steps = 200, clock_of = "gpt"}: the steps
                                   that fit into the time of 200 of gpt's; or {steps = 200, bytes_of = "ti_mlp"}:
                                   at the width (MODEL_DIM) whose artifact is as large
@@ -61,6 +63,7 @@ class Group:
     data: str
     published: dict[str, str] = field(default_factory=dict)  # arm -> what others reported
     train_score: bool = False  # score the training text too, for the gap
+    seeds: dict | None = None  # first, close, within; None: all seeds for all arms
 
 
 @dataclass
@@ -145,9 +148,14 @@ def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
     chosen = varied(chosen, table.get("vary", {}), table["baseline"])
     if table["baseline"] not in [arm.name for arm in chosen]:
         raise ValueError(f'{where}: its baseline "{table["baseline"]}" is none of its arms')
+    if (seeds := table.get("seeds")) is not None:
+        need(seeds, ("first", "close", "within"), f"{where}: seeds")
+    published = table.get("published", {})
+    if unknown := [name for name in published if name not in {arm.name for arm in chosen}]:
+        raise ValueError(f'{where}: published names "{unknown[0]}", which is none of its arms')
     return Group(
         table["name"], table["question"], table["baseline"], table["budget"], chosen, table.get("data", data),
-        table.get("published", {}), table.get("train_score", False),
+        published, table.get("train_score", False), seeds,
     )  # fmt: skip
 
 

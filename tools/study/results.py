@@ -61,6 +61,7 @@ class Arm:
     runs: dict[int, Run]
     costs: Costs | None
     published: str
+    seeds: tuple[int, ...] = ()  # wanted
 
     @property
     def failed(self) -> list[int]:
@@ -83,7 +84,7 @@ class Group:
     question: str
     budget: str
     baseline: str
-    seeds: tuple[int, ...]  # wanted of every arm
+    seeds: tuple[int, ...]  # wanted of its arms, some perhaps of one arm alone
     arms: tuple[Arm, ...]
     text: str = ""  # the data set; that of the study, if the plan does not say
 
@@ -95,7 +96,7 @@ class Group:
         """What the group lacks, a sentence each."""
         found = []
         for arm in self.arms:
-            num_scores, num_seeds = len(arm.values("val_bpb")), len(self.seeds)
+            num_scores, num_seeds = len(arm.values("val_bpb")), len(arm.seeds)
             if num_scores < num_seeds:
                 failed = f", without a finite score: seed {', '.join(map(str, arm.failed))}" if arm.failed else ""
                 found.append(f"{arm.name}: {num_scores} of {num_seeds} seeds{failed}")
@@ -176,21 +177,22 @@ def read_costs(path: Path) -> Costs | None:
     return Costs(**own | {"step_ms_rounds": tuple(row.get("step_ms_rounds") or ())})
 
 
-def read_arm(table: dict, folder: Path, published: dict, where: str) -> Arm:
+def read_arm(table: dict, folder: Path, published: dict, planned: list[int], where: str) -> Arm:
+    """An arm of the plan; planned: the study's seeds, wanted of an arm whose runs are not known yet."""
     name, arch = need(table, "name arch", where)
     paths = {int(seed): folder / "runs" / f"{key}.json" for seed, key in (table.get("runs") or {}).items()}
     runs = {seed: read_run(path) for seed, path in sorted(paths.items()) if path.is_file()}
     costs = read_costs(folder / "measures" / f"{table['measure']}.json") if table.get("measure") else None
     words = table.get("published", published.get(name, ""))
     settings, tuned = table.get("settings") or {}, table.get("tuned") or {}
-    return Arm(name, arch, settings, tuned, runs, costs, "" if words is None else str(words))
+    return Arm(name, arch, settings, tuned, runs, costs, "" if words is None else str(words), tuple(paths or planned))
 
 
 def read_group(table: dict, folder: Path, planned: list[int], text: str) -> Group:
     """A group of the plan; planned: the study's seeds, else those that its arms name."""
     where = f'{folder / "plan.json"}: group "{table.get("name", "?")}"'
     name, question, budget, baseline, arms = need(table, "name question budget baseline arms", where)
-    found = tuple(read_arm(arm, folder, table.get("published") or {}, f"{where}, an arm") for arm in arms)
+    found = tuple(read_arm(arm, folder, table.get("published") or {}, planned, f"{where}, an arm") for arm in arms)
     if baseline not in [arm.name for arm in found]:
         raise ValueError(f'{where}: its baseline "{baseline}" is none of its arms')
     seeds = planned or sorted({int(seed) for arm in arms for seed in arm.get("runs") or {}})

@@ -102,7 +102,7 @@ def optional(head: tuple, arms: tuple[Arm, ...], columns: dict[str, Callable]) -
 
 def score_row(arm: Arm, group: Group, pair: Pair | None) -> list[str]:
     scores = [*arm.values("val_bpb").values()]
-    n = of_wanted(len(scores), len(group.seeds))
+    n = of_wanted(len(scores), len(arm.seeds))
     if not scores:
         return [arm.name, n, *[NONE] * 8]
     sample = sig.describe(scores, arm.name)
