@@ -140,6 +140,26 @@ def test_equal_settings_are_one_run_in_whatever_group_they_stand(write):
     assert len({run.key for run in design.runs()}) == len(design.runs())
 
 
+def test_an_arm_can_take_the_rates_of_another_and_is_timed_as_itself(write):
+    path = write(
+        arms=("[[group]]", 'narrow = {ARCH = "gpt", MODEL_DIM = 16, tuned_as = "gpt"}\n\n[[group]]'),
+        group=('arms = ["gpt", "ti_mlp"]', 'arms = ["gpt", "narrow"]'),
+        budget=("budget = {steps = 4}", 'budget = {steps = 4, clock_of = "gpt"}'),
+    )
+    design = Design(load_study(path))
+    assert {run.arch for run in design.tuning()} == {"gpt", "ti_mlp"} and len(design.tuning()) == 4
+    tune_all(design)
+    (group,) = design.study.groups
+    assert design.clocks() == {"same shape"} and design.runs() == []
+    for arm, ratio in zip(group.arms, (1.0, 0.5), strict=True):
+        path = design.measure_path(group, arm)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"ratio": ratio}))
+    found = {run.settings["MODEL_DIM"]: run.settings for run in design.runs()}
+    assert (found["32"]["ITERATIONS"], found["16"]["ITERATIONS"]) == ("4", "8")
+    assert found["32"]["MATRIX_LR"] == found["16"]["MATRIX_LR"]
+
+
 def test_arms_far_from_the_baseline_have_one_seed_and_the_close_ones_more(write):
     seeds = "seeds = {first = 1, close = 2, within = 0.05}"
     more = MORE.replace("budget = {steps = 4}", f"budget = {{steps = 4}}\n{seeds}", 1)

@@ -55,10 +55,11 @@ def measure_missing(design: Design, rounds: int, only: Collection[str] | None = 
     for group in design.study.groups:
         if only is not None and group.name not in only:
             continue
-        paths = {arm.name: design.measure_path(group, arm) for arm in group.arms}
-        if group.budget.keys() == {"steps", "clock_of"} or all(path.is_file() for path in paths.values()):
-            continue  # by the clock: the arms are those of another group, which is measured
-        arms = {arm.name: (arm.arch, design.measured_settings(group, arm)) for arm in group.arms}
+        own = [arm for arm in group.arms if design.timed(group, arm) == (group, arm)]
+        paths = {arm.name: design.measure_path(group, arm) for arm in own}
+        if all(path.is_file() for path in paths.values()):
+            continue
+        arms = {arm.name: (arm.arch, design.measured_settings(group, arm)) for arm in own}
         for name, costs in measure(arms, group.baseline, rounds).items():
             paths[name].parent.mkdir(parents=True, exist_ok=True)
             save_atomically(paths[name], json.dumps(asdict(costs), indent=1).encode() + b"\n")

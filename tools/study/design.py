@@ -38,7 +38,8 @@ class Design:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def tuning(self) -> list[Run]:
-        return [run for arm in self.study.arms.values() for _, run in tuning_runs(self.study, arm)]
+        arms = [arm for arm in self.study.arms.values() if arm.tuned_as == arm.name]
+        return [run for arm in arms for _, run in tuning_runs(self.study, arm)]
 
     def tuned(self, arm_name: str) -> dict | None:
         """The grid point at which the arm did best; None until all of its points are done, {} without tuning."""
@@ -54,11 +55,11 @@ class Design:
             return {"MAX_WALLCLOCK_SECONDS": str(budget["seconds"]), "SCHEDULE": "time"}
         by_steps = {"MAX_WALLCLOCK_SECONDS": "0", "SCHEDULE": "steps"}
         if "clock_of" in budget:
-            shape = self.measured_group(arm)
-            if shape is None:
+            clock = next(one for one in group.arms if one.name == budget["clock_of"])
+            paths = [self.measure_path(group, one) for one in (clock, arm)]
+            if not all(path.is_file() for path in paths):
                 return None
-            costs = [json.loads(self.measure_path(shape, self.study.arms[name]).read_text())
-                     for name in (budget["clock_of"], arm.base)]  # fmt: skip
+            costs = [json.loads(path.read_text()) for path in paths]
             steps = budget["steps"] * costs[0]["ratio"] / costs[1]["ratio"]
             return by_steps | {"ITERATIONS": str(max(1, round(steps)))}
         fixed = by_steps | {"ITERATIONS": str(budget["steps"])}
@@ -67,28 +68,24 @@ class Design:
             fixed |= fitted_width(arm, stored_bytes(model.arch, model.settings, self.vocab_size), self.vocab_size)
         return fixed
 
-    def timed_group(self, arm: Arm) -> Group | None:
-        """The group in which the arm's step, as [arms] has it, is timed for the groups that go by the clock."""
-        for group in self.study.groups:
-            if arm.base in {other.name for other in group.arms} and not group.budget.keys() & {"clock_of", "bytes_of"}:
-                return group
-        return None
-
-    def measured_group(self, arm: Arm) -> Group | None:
-        """The same, once it is measured."""
-        group = self.timed_group(arm)
-        named = {other.name: other for other in group.arms} if group else {}
-        return group if group and self.measure_path(group, named[arm.base]).is_file() else None
+    def timed(self, group: Group, arm: Arm) -> tuple[Group, Arm]:
+        """Where the arm's step is timed: by the clock that is another group that has all these arms, if there is one."""
+        if "clock_of" in group.budget:
+            for other in self.study.groups:
+                named = {one.name: one for one in other.arms}
+                if named.keys() >= {one.base for one in group.arms} and not other.budget.keys() & {"clock_of", "bytes_of"}:
+                    return other, named[arm.base]
+        return group, arm
 
     def clocks(self, only: list[str] | None = None) -> set[str]:
-        """The groups that must be measured before the runs of these groups are known."""
-        timed = [
-            self.timed_group(arm)
-            for group in self.study.groups
-            if "clock_of" in group.budget and (only is None or group.name in only)
+        """The groups that must be timed before the runs of these groups are known."""
+        by_clock = [group for group in self.study.groups if "clock_of" in group.budget]
+        return {
+            self.timed(group, arm)[0].name
+            for group in by_clock
+            if only is None or group.name in only
             for arm in group.arms
-        ]
-        return {group.name for group in timed if group}
+        }
 
     def arm_runs(self, group: Group, arm: Arm) -> dict[int, Run]:
         """The arm's runs by seed; empty while they are not known. What the first seeds show decides on more."""
@@ -100,12 +97,13 @@ class Design:
         pairs = [(self.row(runs[seed]), self.row(base[seed]) if base else None) for seed in first]
         done = all(mine and theirs and mine["val_bpb"] is not None for mine, theirs in pairs)
         gap = sum(mine["val_bpb"] - theirs["val_bpb"] for mine, theirs in pairs) / len(first) if done else math.inf
-        count = group.seeds["close" if gap < group.seeds["within"] else "first"]
+        near = gap < group.seeds["within"] or arm.name in group.seeds.get("more", [])
+        count = group.seeds["close" if near else "first"]
         return {seed: runs[seed] for seed in self.study.seeds[:count]}
 
     def seeded_runs(self, group: Group, arm: Arm) -> dict[int, Run]:
         """The run of every seed of the study; empty while they are not known."""
-        tuned, budget = self.tuned(arm.base), self.budget_settings(group, arm)
+        tuned, budget = self.tuned(arm.tuned_as), self.budget_settings(group, arm)
         if tuned is None or budget is None:
             return {}
         settings = arm.settings | {key.upper(): spelled(value) for key, value in tuned.items()} | budget
@@ -129,14 +127,14 @@ class Design:
 
     def measured_settings(self, group: Group, arm: Arm) -> dict[str, str]:
         """The settings under which a step of the arm is measured."""
-        budget = self.budget_settings(group, arm) or {}
+        budget = (self.budget_settings(group, arm) or {}) if "clock_of" not in group.budget else {}
         own = {name: value for name, value in (arm.settings | budget).items() if name not in FREE}
         return {"VOCAB_SIZE": str(self.vocab_size)} | own
 
     def measure_path(self, group: Group, arm: Arm) -> Path:
         """Where the costs of the arm's step are filed; the name holds what they depend on."""
-        where = group if "clock_of" not in group.budget else self.measured_group(arm) or group
-        what = [arm.arch, where.baseline, self.measured_settings(where, arm)]
+        group, arm = self.timed(group, arm)
+        what = [arm.arch, group.baseline, self.measured_settings(group, arm)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         return self.study.folder / "measures" / f"{re.sub('[^a-z0-9]+', '_', arm.name.lower())}_{digest}.json"
 
@@ -161,13 +159,13 @@ class Design:
                 measured = self.measure_path(group, arm)
                 arms.append({
                     "name": arm.name, "arch": arm.arch, "settings": {k: v for k, v in settings.items() if k != "SEED"},
-                    "tuned": self.tuned(arm.base) or {}, "runs": {str(seed): run.key for seed, run in runs.items()},
+                    "tuned": self.tuned(arm.tuned_as) or {}, "runs": {str(seed): run.key for seed, run in runs.items()},
                     "measure": measured.stem, "published": group.published.get(arm.name),
                 })  # fmt: skip
             head = {"name": group.name, "question": group.question, "budget": self.budget_words(group)}
             groups.append(head | {"data": group.data, "baseline": group.baseline, "arms": arms})
         tuning = []
-        for arm in study.arms.values():
+        for arm in (arm for arm in study.arms.values() if arm.tuned_as == arm.name):
             tried = [(point, self.row(run)) for point, run in tuning_runs(study, arm)]
             values = {label(point): row and row["val_bpb"] for point, row in tried}
             chosen = self.tuned(arm.name)

@@ -14,13 +14,15 @@ grid = [{MATRIX_LR = 0.02}, {MATRIX_LR = 0.04}]
 [arms]
 gpt = {}                          ARCH is the arm's name unless it says otherwise
 "ti_ssm lti" = {ARCH = "ti_ssm", SSM_MODE = "lti"}
+"gpt narrow" = {ARCH = "gpt", MODEL_DIM = 64, tuned_as = "gpt"}    at the rates that suit another arm
 
 [[group]]
 name = "same shape"               question = "..."
 baseline = "gpt"                  arms = ["gpt", "ti_ssm lti"]
 vary = {TI_FEAT = ["const"]}      optional: a copy of each arm (but the baseline) for every combination
 seeds = {first = 1, close = 3, within = 0.05}   optional: each arm is run with the first seed, those within so many
-                                  bits per byte of the baseline on it with three, the baseline with all
+                                  bits per byte of the baseline on it with three (more = ["...", ...]: these
+                                  too), the baseline with all
 budget = {steps = 200}            or {seconds = 600}: by the clock; or {steps = 200, clock_of = "gpt"}: the steps
                                   that fit into the time of 200 of gpt's; or {steps = 200, bytes_of = "ti_mlp"}:
                                   at the width (MODEL_DIM) whose artifact is as large
@@ -30,7 +32,7 @@ import hashlib
 import itertools
 import json
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tools.costs import stored_bytes
@@ -43,12 +45,13 @@ BUDGETS = ({"steps"}, {"seconds"}, {"steps", "clock_of"}, {"steps", "bytes_of"})
 
 @dataclass
 class Arm:
-    """One line of a table: an architecture with settings; `base` is its name among [arms], by which it is tuned."""
+    """One line of a table: an architecture with settings; `base` is its name among [arms]."""
 
     name: str
     base: str
     arch: str
     settings: dict[str, str]  # as in the environment; without what tuning and budget add
+    tuned_as: str  # the one of [arms] whose tuning it takes
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Group:
     data: str
     published: dict[str, str] = field(default_factory=dict)  # arm -> what others reported
     train_score: bool = False  # score the training text too, for the gap
-    seeds: dict | None = None  # first, close, within; None: all seeds for all arms
+    seeds: dict | None = None  # first, close, within, more; None: all seeds for all arms
 
 
 @dataclass
@@ -109,13 +112,13 @@ def need(table: dict, keys: tuple[str, ...], where: str) -> None:
 def make_arm(name: str, common: dict, own: dict) -> Arm:
     """An arm with the study's settings under its own; a setting that nothing reads stops the study."""
     settings = {key.upper(): spelled(value) for key, value in (common | own).items()}
-    arch = settings.pop("ARCH", name)
+    arch, tuned_as = settings.pop("ARCH", name), settings.pop("TUNED_AS", name)
     try:
         known = {key: value for key, value in settings.items() if key not in NOT_HASHED}
         check_settings(arch, known)
     except ValueError as error:
         raise ValueError(f'arm "{name}": {error}') from None
-    return Arm(name, name, arch, settings)
+    return Arm(name, name, arch, settings, tuned_as)
 
 
 def varied(arms: list[Arm], vary: dict[str, list], baseline: str) -> list[Arm]:
@@ -129,7 +132,7 @@ def varied(arms: list[Arm], vary: dict[str, list], baseline: str) -> list[Arm]:
             changed = make_arm(arm.arch, arm.settings, changes).settings
             if changed != arm.settings:
                 words = " ".join(f"{key}={value}" for key, value in changes.items())
-                found.append(Arm(f"{arm.name} {words}", arm.base, arm.arch, changed))
+                found.append(replace(arm, name=f"{arm.name} {words}", settings=changed))
     return found
 
 
@@ -144,12 +147,14 @@ def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
     chosen = [arms[name] for name in table["arms"]]
     if own := table.get("settings", {}):
         made = [make_arm(arm.name, {"ARCH": arm.arch} | arm.settings, own) for arm in chosen]
-        chosen = [Arm(arm.name, arm.base, arm.arch, new.settings) for arm, new in zip(chosen, made, strict=True)]
+        chosen = [replace(arm, settings=new.settings) for arm, new in zip(chosen, made, strict=True)]
     chosen = varied(chosen, table.get("vary", {}), table["baseline"])
     if table["baseline"] not in [arm.name for arm in chosen]:
         raise ValueError(f'{where}: its baseline "{table["baseline"]}" is none of its arms')
     if (seeds := table.get("seeds")) is not None:
         need(seeds, ("first", "close", "within"), f"{where}: seeds")
+        if unknown := [name for name in seeds.get("more", []) if name not in {arm.name for arm in chosen}]:
+            raise ValueError(f'{where}: seeds, more, names "{unknown[0]}", which is none of its arms')
     published = table.get("published", {})
     if unknown := [name for name in published if name not in {arm.name for arm in chosen}]:
         raise ValueError(f'{where}: published names "{unknown[0]}", which is none of its arms')
@@ -174,6 +179,9 @@ def load_study(path: Path) -> Study:
         if tune["seed"] in table["seeds"]:
             raise ValueError(f"{path}: [tune] seed {tune['seed']} is one of the study's; tune on another")
     arms = {name: make_arm(name, table.get("settings", {}), own) for name, own in table["arms"].items()}
+    tuned = {arm.name for arm in arms.values() if arm.tuned_as == arm.name}
+    if unknown := [arm.tuned_as for arm in arms.values() if arm.tuned_as not in tuned]:
+        raise ValueError(f'{path}: tuned_as = "{unknown[0]}" must name one of [arms] that is tuned itself')
     groups = [read_group(group, arms, table["data"]) for group in table["group"]]
     names = [group.name for group in groups]
     if len(set(names)) < len(names):
