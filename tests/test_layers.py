@@ -1,0 +1,59 @@
+"""The shelf: attention in blocks is the definition, forward and backward, and is what a compiled step on CPU runs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from architectures import layers
+
+SHAPES = [(2, 4, 4, 64, 16), (1, 6, 2, 130, 8), (2, 8, 4, 257, 16), (1, 4, 1, 1030, 8)]  # B, H, G, T, K
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    B, H, G, T, K = shape
+    made = torch.Generator().manual_seed(T)
+    return [torch.randn(B, n, T, K, generator=made, dtype=torch.float64).to(dtype).requires_grad_() for n in (H, G, G)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocked_attention_is_softmax_attention_forward_and_backward(shape):
+    ours, wanted = inputs(shape, torch.float32), inputs(shape, torch.float64)
+    y, want = layers.blocked_attention(*ours), sdpa(*wanted)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    for got, grad in zip(
+        torch.autograd.grad(y, ours, upstream), torch.autograd.grad(want, wanted, upstream.double()), strict=True
+    ):
+        torch.testing.assert_close(got.double(), grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def blocked_calls(monkeypatch) -> list:
+    """Filled at every trace or run of the blocked form."""
+    calls, real = [], layers.blocked_attention
+    monkeypatch.setattr(layers, "blocked_attention", lambda *qkv: calls.append(1) or real(*qkv))
+    torch._dynamo.reset()
+    return calls
+
+
+def test_a_compiled_bf16_step_on_cpu_attends_in_blocks_and_is_as_close_to_fp64_as_the_plain_one(blocked_calls):
+    compiled = torch.compile(layers.causal_attention, dynamic=False)
+    exact = inputs(SHAPES[2], torch.float64)
+    want = torch.autograd.grad(sdpa(*exact).square().sum(), exact)
+    errors = {}
+    for name, attention in (("blocked", compiled), ("plain", layers.causal_attention)):
+        ours = inputs(SHAPES[2], torch.bfloat16)
+        found = torch.autograd.grad(attention(*ours).float().square().sum(), ours)
+        errors[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(found, want, strict=True))
+    assert blocked_calls and errors["blocked"] < 2 * errors["plain"] < 0.05, errors
+
+
+@pytest.mark.parametrize(("length", "grads"), [(layers.MAX_BLOCKED_SEQ_LEN + 8, True), (64, False)])
+def test_long_contexts_and_scoring_keep_the_kernel_that_keeps_nothing(blocked_calls, length, grads):
+    with torch.set_grad_enabled(grads):
+        torch.compile(layers.causal_attention, dynamic=False)(*inputs((1, 2, 2, length, 8), torch.bfloat16))
+    assert not blocked_calls
