@@ -177,8 +177,11 @@ class CausalSelfAttention(nn.Module):
         v = self.value(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
         q, k = self.rotary(rms_norm(q)), self.rotary(rms_norm(k))
         q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = causal_attention(q, k, v)
+        y = self.attend(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v)
 
 
 class MLP(nn.Module):

@@ -123,6 +123,9 @@ def do_missing(runs: list[Run], folder: Path, scratch: Path, tell: Callable[[Run
     def work(run: Run) -> None:
         gpu = free.get()
         try:
+            if (folder / "runs" / f"{run.key}.json").is_file():  # done meanwhile by another process
+                tell(run, "is there")
+                return
             row = do_run(run, folder, scratch, gpu)
             tell(run, f"{row['val_bpb']:.4f} bits per byte in {row['steps']} steps")
         except (RunFailed, ValueError, OSError) as error:
