@@ -97,6 +97,7 @@ class RunConfig:
     artifact_bytes: int | None = None  # of model.bin, script not counted; if it has more, the least clip that fits
     eval_seq_len: int | None = None  # TRAIN_SEQ_LEN
     eval_stride: int = 0  # 0 = windows side by side; n = slide by n, score the last n of each window
+    eval_carry: bool = True  # windows side by side hand on their state, in an architecture that has one
     val_batch_size: int | None = None  # tokens scored at once on a rank; by the device
     val_max_tokens: int | None = None  # score only the beginning; the result is then marked partial
     quick_score: bool = False  # for studies: score the artifact alone, on CPU too in bf16 and compiled, as training is
@@ -568,6 +569,7 @@ class ScorePlan:
 
     seq_len: int
     stride: int
+    carry: bool = False  # each window goes on from the state of the one before it; only side by side
 
     def __post_init__(self) -> None:
         if not (self.seq_len >= 1 and 1 <= self.stride <= self.seq_len):
@@ -589,6 +591,11 @@ def is_sequential(model: LanguageModel) -> bool:
     return type(model).observe is not LanguageModel.observe
 
 
+def carries(model: LanguageModel, plan: ScorePlan) -> bool:
+    """Whether windows are scored as one text: a row of a batch goes on from the state of the row before it."""
+    return plan.carry and plan.stride == plan.seq_len and model.carry(False)
+
+
 def score_stream(
     model: LanguageModel, tokens: np.ndarray, plan: ScorePlan, machine: Machine, batch_tokens: int | None = None
 ) -> np.ndarray:
@@ -597,7 +604,7 @@ def score_stream(
     result = np.zeros(max(0, num_targets), dtype=np.float32)
     if num_targets < 1:
         return result
-    alone = is_sequential(model)
+    alone, carried = is_sequential(model), carries(model, plan) and model.carry(True)
     rows = 1 if alone else score_rows(plan, batch_tokens, machine.device)
     # Not on CPU: a compiled sum may differ in its last bits from that of a process that does not compile.
     compiled = machine.compile and (machine.device.type == "cuda" or machine.quick_score) and not alone
@@ -607,7 +614,7 @@ def score_stream(
     batches = [part[i : i + rows] for part in (head, windows[len(head) :]) for i in range(0, len(part), rows)]
     padded = np.zeros(num_targets + 1 + plan.seq_len, dtype=np.int64)
     padded[: num_targets + 1] = tokens
-    for batch in batches if alone else batches[machine.rank :: machine.world_size]:
+    for batch in batches if alone or carried else batches[machine.rank :: machine.world_size]:
         ids = np.zeros((rows, plan.seq_len + 1), dtype=np.int64)
         for row, (begin, _) in enumerate(batch):
             ids[row] = padded[begin : begin + plan.seq_len + 1]
@@ -620,6 +627,8 @@ def score_stream(
             result[begin + start : end] = nats[row, : end - begin - start]
             if alone:
                 model.observe(ids[row : row + 1, 1 + start : 1 + end - begin])
+    if carried:
+        model.carry(False)
     return result
 
 
@@ -651,7 +660,7 @@ def score(
     """The model's score on the whole stream, the same on every rank."""
     nats = score_stream(model, tokens, plan, machine, batch_tokens)
     total = torch.tensor([nats.sum(dtype=np.float64)], dtype=torch.float64)
-    if machine.world_size > 1 and not is_sequential(model):
+    if machine.world_size > 1 and not (is_sequential(model) or carries(model, plan)):
         on_device = total.to(machine.device)  # NCCL adds only on the device
         total = machine.sum(on_device).cpu()
     return Score(float(total), len(tokens) - 1, num_bytes)
@@ -1519,7 +1528,9 @@ def announce(log: RunLog, model: LanguageModel, machine: Machine, loader: TokenL
     log(f"train_loader: shards:{len(loader.files)} windows:{loader.num_windows} rows:{loader.rows}")
 
 
-def make_result(run: RunConfig, model: LanguageModel, machine: Machine, dataset: Dataset, outcome: Outcome) -> dict:
+def make_result(
+    run: RunConfig, model: LanguageModel, machine: Machine, dataset: Dataset, outcome: Outcome, plan: ScorePlan
+) -> dict:
     """What the result line says of the run itself; the scores and sizes are added by the caller."""
     free = ("seed", "run_id", "out_dir", "data_path", "tokenizer_path")
     settings = {k: v for k, v in (asdict(run) | asdict(model.config)).items() if k not in free}
@@ -1534,7 +1545,7 @@ def make_result(run: RunConfig, model: LanguageModel, machine: Machine, dataset:
         tokens_seen=outcome.steps * run.train_batch_tokens,
         mean_lr_scale=round(outcome.mean_lr_scale, 4),
         interrupted=outcome.interrupted,
-        carries_state=is_sequential(model),
+        carries_state=is_sequential(model) or carries(model, plan),
         params=sum(p.numel() for p in model.parameters()),
         code_sha256=hashlib.sha256(b"".join(f.read_bytes() for f in code_files())).hexdigest(),
         config_sha256=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
@@ -1567,7 +1578,7 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     Model, _ = load_architecture(arch)
     dataset, model_config = prepare_run(run, model_config)
     T = model_config.train_seq_len
-    plan = ScorePlan(run.eval_seq_len or T, run.eval_stride or run.eval_seq_len or T)
+    plan = ScorePlan(run.eval_seq_len or T, run.eval_stride or run.eval_seq_len or T, run.eval_carry)
     check_batch(run, T, int(os.environ.get("WORLD_SIZE", 1)))
     val_tokens, val_bytes, partial = dataset.validation(run.val_max_tokens)
     machine = make_machine(run)
@@ -1585,7 +1596,8 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     if machine.world_size > 1:  # ranks share the weights, not what a loss draws at random
         torch.manual_seed(run.seed + machine.rank)
     announce(log, model, machine, loader, why)
-    log(f"attention:{choose_attention(model_config, machine, loader.rows // machine.world_size // micro_batches)}")
+    rows = loader.rows // machine.world_size // micro_batches
+    log(f"attention:{choose_attention(model_config, machine, rows)}")
 
     def validate() -> Score:
         """The score of the weights in memory, in the number format of the final score."""
@@ -1599,6 +1611,8 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
 
     log.phase("warmup")
     model.compute_dtype = machine.dtype
+    if kernels := model.choose_kernels(rows, machine.compile, machine.sum):
+        log(f"kernels:{kernels}")
     trainer = Trainer(model, run, machine, micro_batches)
     step_seconds = trainer.warm_up(loader.rows // machine.world_size, log)
     val_seconds = time_validation(validate, machine) if run.val_loss_every else 0.0
@@ -1631,7 +1645,7 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     result |= dict(score_seconds=score_seconds, eval_seq_len=plan.seq_len, eval_stride=plan.stride)
     result |= dict(bytes_code=sum(f.stat().st_size for f in code_files()), bytes_model=len(blob))
     result |= dict(bytes_total=result["bytes_code"] + len(blob), artifact_sha256=hashlib.sha256(blob).hexdigest())
-    result |= make_result(run, model, machine, dataset, outcome)
+    result |= make_result(run, model, machine, dataset, outcome, plan)
     result["invalid_reasons"] = verdict(result, model_config.vocab_size)
     result["valid"] = not result["invalid_reasons"]
     log_result(log, result, run.quant_bits)

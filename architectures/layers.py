@@ -4,6 +4,7 @@ Letters in shape comments, for the whole kit:
     B batch   T time   D model_dim   H num_heads   K key dim and V value dim per head (V also vocab_size)   N state dim
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -312,8 +313,22 @@ class LanguageModel(nn.Module):
     def on_progress(self, fraction: float) -> None:
         """Told the fraction of the run (0 to 1) before each step. progress_switches lists what changes the graph."""
 
+    def choose_kernels(self, rows: int, compiled: bool, agree: Callable[[Tensor], Tensor]) -> str:
+        """Told, before training, the sequences of a pass and whether it is compiled: the time to race kernels.
+
+        agree adds a tensor up over the ranks, which must choose alike. Returns what was chosen, for the log, or "".
+        """
+        return ""
+
     def observe(self, target_ids: Tensor) -> None:
         """Test-time training: told targets (1, T) once their scores are given away. Makes scoring sequential."""
+
+    def carry(self, on: bool) -> bool:
+        """On: from now on a row continues the one before it, across batches, the first from nothing. Off: none does.
+
+        Returns whether the model has a state that rows can hand on at all.
+        """
+        return False
 
     def folded(self) -> "LanguageModel":
         """The model to store: this one, or a smaller one with equal logits that its own config rebuilds.

@@ -51,7 +51,7 @@ def train_losses(name: str, steps: int = 3, tokens: torch.Tensor | None = None, 
     batch = some_tokens(4, model.config.train_seq_len + 1) if tokens is None else tokens
     losses = [trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0].item() for step in range(steps)]
     train_gpt.fill_generated(model.eval())
-    return [*losses, model.nats(batch[:, :-1], batch[:, 1:]).mean().item()]
+    return [*losses, model.nats(batch[:, :-1], batch[:, 1:]).double().mean().item()]
 
 
 @every_architecture

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from architectures.kernels.cross_entropy import naive_cross_entropy, softcapped_cross_entropy
+from architectures.kernels.fused_mlp import naive_relu2_mlp, relu2_mlp
+from architectures.kernels.fused_norm import mix_norm, naive_mix_norm
+from architectures.kernels.fused_qk import naive_qk_norm_rope, qk_norm_rope
 from architectures.kernels.scan import chunked_scan, naive_scan
 from architectures.layers import causal_attention
 from tools.plain_step import compare, interleave, table
@@ -63,6 +66,31 @@ def scan_inputs(B: int, T: int, G: int, H: int, N: int, P: int, dtype: torch.dty
     return [*(x.to(device, dtype) for x in (q, k, v)), log_decay.to(device)]
 
 
+def fused_cases(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable, Callable, list[Tensor]]]:
+    """By name: a fused kernel and its definition as functions of tensors to one tensor, and inputs."""
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(device, dtype)
+
+    angles = torch.randn(257, 32, generator=g).to(device)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def norm(function: Callable) -> Callable:
+        return lambda *x: torch.cat(function(list(x[:-1]), x[-1]), dim=-1)
+
+    def turned(function: Callable) -> Callable:
+        return lambda qkv, gain: torch.cat(
+            [y.flatten(2) for y in function(qkv, gain, cos.to(qkv.dtype), sin.to(qkv.dtype))], dim=-1
+        )
+
+    return {
+        "norm": (norm(mix_norm), norm(naive_mix_norm), [*(random(777, 512) for _ in range(5)), random(5, 512)]),
+        "mlp": (relu2_mlp, naive_relu2_mlp, [random(777, 200), random(1000, 200) / 14, random(200, 1000) / 32]),
+        "qk": (turned(qk_norm_rope), turned(naive_qk_norm_rope), [random(3, 257, 1024), random(8)]),
+    }
+
+
 def parity(device: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> dict:
     """Every kernel's output and gradients against float64."""
     rows = []
@@ -78,6 +106,9 @@ def parity(device: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> dict:
                 lambda h, w, t=targets: naive_cross_entropy(h, w, t, 30.0), [h, w],
             )  # fmt: skip
             rows.append(dict(what=f"cross-entropy {(M, D, V)}", dtype=str(dtype), worst=max(found.values())) | found)
+        for name, case in fused_cases(dtype, device).items():
+            found = errors(*case)
+            rows.append(dict(what=f"fused {name}", dtype=str(dtype), worst=max(found.values())) | found)
     late = [row for row in rows if row["worst"] > TOLERANCE[getattr(torch, row["dtype"].removeprefix("torch."))]]
     notes = [f"FAIL {row['what']} {row['dtype']}: {row['worst']:.4f}" for row in late]
     return dict(rows=rows, notes=notes or ["ok   every kernel agrees with float64"], ok=not late)

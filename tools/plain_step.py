@@ -164,6 +164,7 @@ def build(Model, config: ModelConfig, run: RunConfig, device: torch.device) -> L
 def kit_stepper(model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list) -> Stepper:
     """train_gpt.py's own step, at the base rates."""
     model.compute_dtype = machine.dtype
+    model.choose_kernels(len(batches[0]) // micro_batches, machine.compile, machine.sum)
     trainer = Trainer(model, run, machine, micro_batches)
     return Stepper(lambda batch, step: trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0], model, batches)
 

@@ -69,11 +69,11 @@ class Design:
         return fixed
 
     def timed(self, group: Group, arm: Arm) -> tuple[Group, Arm]:
-        """Where the arm's step is timed: by the clock that is another group that has all these arms, if there is one."""
+        """Where the arm's step is timed: by the clock, another group that has all of these arms, if there is one."""
         if "clock_of" in group.budget:
             for other in self.study.groups:
-                named = {one.name: one for one in other.arms}
-                if named.keys() >= {one.base for one in group.arms} and not other.budget.keys() & {"clock_of", "bytes_of"}:
+                named, by_steps = {one.name: one for one in other.arms}, other.budget.keys() <= {"steps", "seconds"}
+                if by_steps and named.keys() >= {one.base for one in group.arms}:
                     return other, named[arm.base]
         return group, arm
 
