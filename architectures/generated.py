@@ -131,3 +131,11 @@ def hashed_signs(seed: int, stream: int, *shape: int) -> Tensor:
     octets = hashed(seed, stream, -(-count // 64)).astype("<u8").view(np.uint8)
     bits = np.unpackbits(octets, count=count, bitorder="little").astype(np.int8)
     return torch.from_numpy(2 * bits - 1).view(shape)
+
+
+def hadamard_matrix(size: int) -> Tensor:
+    """The Walsh-Hadamard matrix of a power of two, scaled to be orthogonal: (size, size)."""
+    H = torch.ones(1, 1)
+    while len(H) < size:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
+    return H / size**0.5

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from architectures.generated import full_precision, hashed_signs, hashed_uniform, usual_std
+from architectures.generated import full_precision, hadamard_matrix, hashed_signs, hashed_uniform, usual_std
 from architectures.layers import CausalSelfAttention, LanguageModel, ModelConfig, is_control
 
 LARGEST_HADAMARD = 7  # log2 of the size up to which a transform is one matrix product
@@ -54,14 +54,6 @@ class Config(ModelConfig):
 
     def num_params(self) -> int:
         return self.kept_params() + self.seed_dim
-
-
-def hadamard_matrix(size: int) -> Tensor:
-    """The Walsh-Hadamard matrix of a power of two, scaled to be orthogonal: (size, size)."""
-    H = torch.ones(1, 1)
-    while len(H) < size:
-        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
-    return H / size**0.5
 
 
 class Subspace(nn.Module):
