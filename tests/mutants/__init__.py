@@ -77,8 +77,8 @@ def answer(source: str, body: str) -> str:
 
 def method(source: str, body: str) -> str:
     """The script whose model has more methods, written as they stand in a class."""
-    end = "        return CausalSelfAttention(self.config)\n"
-    return swap(source, end, f"{end}\n{body.strip(chr(10))}\n")
+    begin = "class Model(DocumentModel):\n"
+    return swap(source, begin, f"{begin}{body.strip(chr(10))}\n\n")
 
 
 def hidden_state(source: str, before: str) -> str:
