@@ -43,7 +43,13 @@ from torch import Tensor, nn  # noqa: E402
 
 # BEGIN KIT IMPORT: tools.pack puts the files themselves in place of these lines.
 from architectures import load_architecture  # noqa: E402
-from architectures.layers import LanguageModel, ModelConfig, causal_attention, is_control  # noqa: E402
+from architectures.layers import (  # noqa: E402
+    MAX_BLOCKED_SEQ_LEN,
+    LanguageModel,
+    ModelConfig,
+    causal_attention,
+    is_control,
+)
 
 # END KIT IMPORT
 
@@ -1314,6 +1320,7 @@ class Trainer:
             for name, t in [*model.named_parameters(), *model.named_buffers()]:
                 t.copy_(kept[name])
         self.optimizers = Optimizers(model, self.run, self.machine)
+        self.update_seconds = 0.0  # compilation is no part of a step
         model.on_progress(0.0)
         return seconds
 
@@ -1440,7 +1447,7 @@ def micro_batch_count(run: RunConfig, model_config: ModelConfig, machine: Machin
         # Upstream's logs: 155 kB a token at 9 layers x 512; fp32 logits are kept about three times over.
         token_bytes = 34 * model_config.num_layers * model_config.model_dim + 12 * model_config.vocab_size
         if machine.device.type == "cpu":  # the probabilities that blocked attention keeps
-            token_bytes += model_config.num_layers * model_config.num_heads * min(T, 1024)
+            token_bytes += model_config.num_layers * model_config.num_heads * min(T, MAX_BLOCKED_SEQ_LEN)
         memory = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else 8 << 30
         limit = max(T, int(0.6 * memory / token_bytes))
     rows = rank_tokens // T

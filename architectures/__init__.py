@@ -9,7 +9,7 @@ import difflib
 import importlib
 from pathlib import Path
 
-SHELF = {"__init__", "layers", "time_index", "time_gates", "ode", "generated", "recurrence", "documents"}
+SHELF = {"__init__", "layers", "time_index", "time_gates", "ode", "generated", "recurrence", "documents", "masks"}
 
 
 def names() -> list[str]:

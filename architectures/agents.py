@@ -81,16 +81,9 @@ class LocalSelfAttention(CausalSelfAttention):
         super().__init__(config)
         self.window = config.agent_window
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D); position t sees positions t - window + 1 up to t."""
-        B, T, D = x.shape
-        q = self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, K)
-        k = self.key(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        v = self.value(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        q, k = self.rotary(rms_norm(q)), self.rotary(rms_norm(k))
-        q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = local_attention(q, k, v, min(self.window, T))
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Position t sees positions t - window + 1 up to t."""
+        return local_attention(q, k, v, min(self.window, q.size(2)))
 
 
 class Messages(nn.Module):

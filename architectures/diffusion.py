@@ -25,7 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from architectures.layers import CausalSelfAttention, LanguageModel, Linear, ModelConfig, causal_attention, rms_norm
+from architectures.layers import (
+    CausalSelfAttention,
+    LanguageModel,
+    Linear,
+    ModelConfig,
+    attention,
+    causal_attention,
+    rms_norm,
+)
+from architectures.masks import make_mask, masked_attention
 from architectures.time_index import one_of, time_features
 
 
@@ -94,26 +103,16 @@ class Streams:
 
     def attend_both_ways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The noisy rows over themselves; with blocks, over their own block and the clean rows' blocks before it."""
-        T, block, dtype, mask, grouped = q.size(2), self.block, q.dtype, None, q.size(1) != k.size(1)
+        T, block = q.size(2), self.block
+        if not block or block >= T:
+            return attention(q, k[-len(q) :], v[-len(q) :])
 
         def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             own, other = query // block, key % T // block
             return torch.where(key < T, other < own, other == own)
 
-        if not block or block >= T:
-            k, v = k[-len(q) :], v[-len(q) :]
-        else:
-            k, v = (torch.cat(x.chunk(2), dim=2) for x in (k, v))  # (B, G, 2 T, K): clean, then noisy
-            if q.is_cuda if self.flex is None else self.flex:  # whole blocks of keys that no query sees are skipped
-                from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-                blocks = create_block_mask(visible, None, None, T, 2 * T, device=q.device)
-                return flex_attention(q, k, v, block_mask=blocks, enable_gqa=grouped)
-            place = torch.arange(2 * T, device=q.device)
-            mask = visible(place, place, place[:T, None], place)
-        if q.device.type == "cpu":  # where the bf16 backward of PyTorch's kernel takes three times as long
-            q, k, v = q.float(), k.float(), v.float()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
+        k, v = (torch.cat(x.chunk(2), dim=2) for x in (k, v))  # (B, G, 2 T, K): clean, then noisy
+        return masked_attention(q, k, v, make_mask(visible, None, T, 2 * T, q.device, self.flex))
 
 
 def mixed(x: Tensor) -> Tensor:
@@ -157,7 +156,7 @@ class Model(LanguageModel):
     def head_inputs(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         if self.config.diff_eval == "ar":
             return super().head_inputs(input_ids, start)
-        return self.in_order(input_ids, start), (self.head or self.embed).weight
+        return self.in_order(input_ids, start), self.head_weight
 
     def denoised(self, input_ids: Tensor, hidden: Tensor, t: Tensor, clean: bool) -> Tensor:
         """Normed activations (B or 2 B, T, D) of the noisy rows, behind those of the clean rows, if asked for; hidden
@@ -205,8 +204,7 @@ class Model(LanguageModel):
         hidden = F.pad(masked[..., :-1], (1, 0)).flatten(1)  # slot i holds the target before the one it predicts
         t = masked.float().mean(dim=2)
         x = self.denoised(input_ids, hidden, t if N == 1 else t.repeat_interleave(b, dim=1), clean or N > 1)
-        logits = F.linear(x, (self.head or self.embed).weight.to(x.dtype)).float()
-        logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        logits = self.head_logits(x, self.head_weight)
         targets = target_ids.repeat(len(x) // len(target_ids), 1)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
@@ -242,8 +240,4 @@ class Model(LanguageModel):
         """Without the denoiser's own weights where the causal head is scored."""
         if self.config.diff_eval != "ar" or not self.config.denoises:
             return self
-        with torch.random.fork_rng(devices=[]):
-            small = Model(dataclasses.replace(self.config, diff_ar_weight=1.0))
-        needed = small.state_dict()
-        small.load_state_dict({name: t for name, t in self.state_dict().items() if name in needed})
-        return small.to(self.embed.weight.device).eval()
+        return self.rebuilt(dataclasses.replace(self.config, diff_ar_weight=1.0))

@@ -7,11 +7,10 @@ scores the same whatever stands before it.
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures.layers import CausalSelfAttention, LanguageModel, ModelConfig
+from architectures.masks import make_mask, masked_attention
 
 BOS_ID = 1  # of the kit's tokenizers and of upstream's
 
@@ -35,29 +34,11 @@ class Documents:
         def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (numbers[b, key] == numbers[b, query])
 
-        if input_ids.is_cuda if self.flex is None else self.flex:  # whole blocks of keys that no query sees are skipped
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            self.mask = create_block_mask(visible, B, None, T, T, device=input_ids.device)
-        else:
-            position = torch.arange(T, device=input_ids.device)
-            self.mask = visible(torch.arange(B, device=input_ids.device)[:, None, None], 0, position[:, None], position)
+        self.mask = make_mask(visible, B, T, T, input_ids.device, self.flex)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention of q (B, H, T, K) over k, v (B, H or fewer, T, K), in q's dtype."""
-        grouped = q.size(1) != k.size(1)
-        if q.is_cuda if self.flex is None else self.flex:
-            from torch.nn.attention.flex_attention import flex_attention
-
-            return flex_attention(q, k, v, block_mask=self.mask, enable_gqa=grouped)
-        q, k, v, dtype = q.float(), k.float(), v.float(), q.dtype
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:, None], enable_gqa=grouped).to(dtype)
-
-
-class DocumentAttention(CausalSelfAttention):
-    def __init__(self, config: ModelConfig, documents: Documents):
-        super().__init__(config)
-        self.attend = documents.attend
+        return masked_attention(q, k, v, self.mask)
 
 
 class DocumentModel(LanguageModel):
@@ -68,7 +49,10 @@ class DocumentModel(LanguageModel):
         super().__init__(config)
 
     def make_mixer(self, layer_idx: int) -> nn.Module:
-        return DocumentAttention(self.config, self.documents) if self.documents else CausalSelfAttention(self.config)
+        mixer = CausalSelfAttention(self.config)
+        if self.documents:
+            mixer.attend = self.documents.attend
+        return mixer
 
     def head_inputs(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         if self.documents:

@@ -230,8 +230,4 @@ class Model(LanguageModel):
         """gpt with these weights: without the predictor."""
         if self.predictor is None:
             return self
-        with torch.random.fork_rng(devices=[]):
-            small = Model(dataclasses.replace(self.config, jepa_weight=0.0))
-        needed = small.state_dict()
-        small.load_state_dict({name: t for name, t in self.state_dict().items() if name in needed})
-        return small.to(self.embed.weight.device).eval()
+        return self.rebuilt(dataclasses.replace(self.config, jepa_weight=0.0))

@@ -126,20 +126,26 @@ class Rotary(nn.Module):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q (B, H, T, K) over k, v (B, H or fewer, T, K) up to its own position, in q's dtype."""
+    blocked = torch.compiler.is_compiling() and torch.is_grad_enabled() and q.size(-2) <= MAX_BLOCKED_SEQ_LEN
+    if blocked and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return blocked_attention(q, k, v)
+    return attention(q, k, v, is_causal=True)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Softmax attention of q (B, H, T, K) over k, v (B, H or fewer, S, K) where mask, (T, S) or more, is true, or over
+    all, by PyTorch's kernel, in q's dtype."""
     dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16:
-        if torch.compiler.is_compiling() and torch.is_grad_enabled() and q.size(-2) <= MAX_BLOCKED_SEQ_LEN:
-            return blocked_attention(q, k, v)
-        q, k, v = q.float(), k.float(), v.float()  # the bf16 backward of PyTorch's kernel takes three times as long
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-    return y.to(dtype)
+    if q.device.type == "cpu" and dtype == torch.bfloat16:  # whose backward takes three times as long
+        q, k, v = q.float(), k.float(), v.float()
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped).to(dtype)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same, by matrix products of blocks of queries with the keys that they see, for a compiled bf16 step on CPU.
 
-    Forward and backward take half the time of PyTorch's CPU kernel at T = 128 to 1024 (records/benchmarks). The
-    probabilities are kept for backward: H T bytes per token.
+    The probabilities are kept for backward: H T bytes per token.
     """
     (B, H, T, K), G = q.shape, k.size(1)
     q = (q * K**-0.5).reshape(B * G, H // G, T, K)  # the heads that share keys side by side
@@ -154,6 +160,19 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1).to(v.dtype)
         parts.append(torch.bmm(weights.view(B * G, -1, end), v[:, :end]).view(B * G, H // G, end - start, -1))
     return torch.cat(parts, dim=2).view(B, H, T, -1)
+
+
+def short_conv(x: Tensor, taps: Tensor, before: Tensor | None = None) -> Tensor:
+    """Each channel of x (B, T, n) convolved with its own taps (n, d_conv), the last of which meets the present.
+
+    before (B, d_conv - 1, n) is what came before x; None: zeros.
+    """
+    padded = F.pad(x, (0, 0, taps.size(1) - 1, 0)) if before is None else torch.cat((before, x), dim=1)
+    return sum(padded[:, i : i + x.size(1)] * tap for i, tap in enumerate(taps.to(x.dtype).unbind(1)))
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    return y + torch.log(-torch.expm1(-y))
 
 
 class CausalSelfAttention(nn.Module):
@@ -182,6 +201,7 @@ class CausalSelfAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What is read, (B, H, T, K), by q (B, H, T, K) of k, v (B, num_kv_heads, T, K)."""
         return causal_attention(q, k, v)
 
 
@@ -273,13 +293,21 @@ class LanguageModel(nn.Module):
         """What logits multiplies: normed activations (B, T - start, D) and the head's weight (V, D)."""
         x = rms_norm(self.embed(input_ids).to(self.compute_dtype))  # (B, T, D)
         x = rms_norm(self.backbone(x)[:, start:])
-        return x, self.embed.weight if self.head is None else self.head.weight
+        return x, self.head_weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def head_logits(self, x: Tensor, head: Tensor) -> Tensor:
+        """Softcapped fp32 logits (B, T, V) of what head_inputs gives."""
+        logits = F.linear(x, head.to(x.dtype)).float()
+        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
 
     def logits(self, input_ids: Tensor, start: int = 0) -> Tensor:
         """fp32 logits (B, T - start, V) of the positions from `start` on: the scored path."""
-        x, head = self.head_inputs(input_ids, start)
-        logits = F.linear(x, head.to(x.dtype)).float()
-        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return self.head_logits(*self.head_inputs(input_ids, start))
 
     def nats(self, input_ids: Tensor, target_ids: Tensor, start: int = 0) -> Tensor:
         """-ln p of the targets from position `start` on, fp32 (B, T - start). Not for overriding: logits is."""
@@ -337,3 +365,13 @@ class LanguageModel(nn.Module):
         it, is left out; the trained model stays as it is.
         """
         return self
+
+    def rebuilt(self, config: ModelConfig, state: dict[str, Tensor] | None = None) -> "LanguageModel":
+        """A model of this kind by another config, for `folded`: ready to score, with those tensors of state, by default
+        this model's, that it has by name. Random numbers of the run are left alone.
+        """
+        with torch.random.fork_rng(devices=[]):
+            small = type(self)(config)
+        state, needed = self.state_dict() if state is None else state, small.state_dict()
+        small.load_state_dict({name: t for name, t in state.items() if name in needed})
+        return small.to(self.embed.weight.device).eval()

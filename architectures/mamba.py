@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from architectures.kernels.delta import delta_rule, scan_from
 from architectures.kernels.modes import held, modal_filter
 from architectures.kernels.scan import chunked_scan
-from architectures.layers import CausalSelfAttention, LanguageModel, Linear, ModelConfig, control, rms_norm
+from architectures.layers import (
+    CausalSelfAttention,
+    LanguageModel,
+    Linear,
+    ModelConfig,
+    control,
+    inverse_softplus,
+    rms_norm,
+    short_conv,
+)
 from architectures.time_index import one_of
 
 
@@ -118,7 +127,7 @@ class Recurrent(nn.Module):
         self.conv = control(nn.Parameter((2 * torch.rand(sum(self.widths), config.d_conv) - 1) / config.d_conv**0.5))
         self.rates = Linear(D, num_rates) if num_rates else None  # of Delta and beta
         delta = spread(config.ssm_dt_min, config.ssm_dt_max, self.heads if num_rates else inner)
-        self.dt_bias = control(nn.Parameter(delta + torch.log(-torch.expm1(-delta))))  # inverse of softplus
+        self.dt_bias = control(nn.Parameter(inverse_softplus(delta)))
         self.gate = Linear(D, inner) if config.ssm_gate else None
         self.out = Linear(inner, D, zero_init=True)
         self.carrying = False
@@ -127,11 +136,12 @@ class Recurrent(nn.Module):
 
     def short_conv(self, x: Tensor) -> Tensor:
         """Each channel of x (B, T, n) convolved with its own taps, the last of which meets the present."""
-        before = self.tail.to(x.dtype) if self.carrying else torch.zeros_like(self.tail, dtype=x.dtype)
-        padded = torch.cat((before.expand(len(x), -1, -1), x), dim=1)
-        if self.carrying:
-            self.tail.copy_(padded[0, x.size(1) :])
-        return sum(padded[:, i : i + x.size(1)] * tap for i, tap in enumerate(self.conv.to(x.dtype).unbind(1)))
+        if not self.carrying:
+            return short_conv(x, self.conv)
+        before = self.tail.to(x.dtype)[None]
+        y = short_conv(x, self.conv, before)
+        self.tail.copy_(torch.cat((before, x), dim=1)[0, x.size(1) :])
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees positions up to t and, while carrying, all rows before its own."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures.kernels.scan import chunked_scan, diagonal_scan
-from architectures.layers import MLP, CausalSelfAttention, Linear, control, rms_norm
+from architectures.layers import MLP, CausalSelfAttention, Linear, control, inverse_softplus, rms_norm, short_conv
 from architectures.time_gates import GateConfig, Gated, GatedStack, attention_gates, mlp_gates
 from architectures.time_index import SharedConfig, one_of
 
@@ -103,16 +103,6 @@ class Config(GateConfig, SharedConfig):
         blocks = [sum(sizes[part] + D for part in self.block_parts(g)) + 2 * D for g in range(self.num_blocks)]
         skips = self.num_layers // 2 * D if self.unet_skips else 0
         return self.embed_params() + sum(blocks) + skips + self.gate_params()
-
-
-def short_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Each channel of x (B, T, n) convolved with its own taps (n, d_conv), the last of which meets the present."""
-    padded = F.pad(x, (0, 0, taps.size(1) - 1, 0))
-    return sum(padded[:, i : i + x.size(1)] * tap for i, tap in enumerate(taps.to(x.dtype).unbind(1)))
-
-
-def inverse_softplus(y: Tensor) -> Tensor:
-    return y + torch.log(-torch.expm1(-y))
 
 
 class SelectiveSSM(nn.Module):

@@ -190,12 +190,9 @@ class TimeIndexed(LanguageModel):
             return self
         was_training = self.training
         self.eval()  # where depth is that of scoring
-        with torch.random.fork_rng(devices=[]):
-            small = type(self)(self.folded_config())
-        needed = small.state_dict()
-        small.load_state_dict({n: v for n, v in (self.state_dict() | self.folded_state()).items() if n in needed})
+        small = self.rebuilt(self.folded_config(), self.state_dict() | self.folded_state())
         self.train(was_training)
-        return small.to(self.embed.weight.device).eval()
+        return small
 
     def folded_config(self, **changes) -> ModelConfig:
         """The config of the folded model; changes are those of a stack that folds more than its time network."""

@@ -1,6 +1,7 @@
 """The gated delta rule equals its definition; a state enters and leaves a scan; filters of modes are convolutions."""
 
 import pytest
+import test_scan
 import torch
 from test_scan import agree
 from torch import Tensor
@@ -9,11 +10,10 @@ from architectures.kernels import delta, modes, scan
 
 
 def inputs(T: int, G: int = 1, H: int = 4, N: int = 8, P: int = 6) -> list[Tensor]:
-    g = torch.Generator().manual_seed(T)
-    q, k, v = (torch.randn(2, T, *shape, generator=g) for shape in ((G, N), (G, N), (H, P)))
-    k = torch.nn.functional.normalize(k, dim=-1)
-    log_decay = -torch.rand(2, T, H, generator=g) * torch.logspace(-3, 0.5, H)
-    return [x.requires_grad_() for x in (q, k, v, log_decay, torch.rand(2, T, H, generator=g))]
+    """Those of the scan, with keys of length 1, and beta."""
+    q, k, v, log_decay = (x.detach() for x in test_scan.inputs(T, G, H, N, P))
+    beta = torch.rand(2, T, H, generator=torch.Generator().manual_seed(T))
+    return [x.requires_grad_() for x in (q, torch.nn.functional.normalize(k, dim=-1), v, log_decay, beta)]
 
 
 def filters(T: int) -> tuple[Tensor, modes.Pair, modes.Pair]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_architectures import CPU, shake, some_tokens, tiny
+from test_generated import artifact
 
 import train_gpt
 from architectures import jepa
@@ -78,8 +79,7 @@ def test_phases_have_the_latents_first():
 
 def test_the_predictor_is_not_stored_and_scores_are_those_of_the_trained_model():
     model, tokens = shake(tiny("jepa")), some_tokens(2, 64)
-    blob = train_gpt.pack_artifact(model.folded(), "jepa", None, train_gpt.ScorePlan(64, 64), 1.0, 8)
-    stored = train_gpt.load_artifact(blob, CPU.device)[0]
+    stored = train_gpt.load_artifact(artifact(model.folded()), CPU.device)[0]
     assert not any("predictor" in name for name, _ in stored.named_parameters())
     assert torch.equal(model.folded().logits(tokens), model.logits(tokens))
 

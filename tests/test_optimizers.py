@@ -98,6 +98,7 @@ def test_warm_up_leaves_no_trace():
         torch.get_rng_state(), state
     )
     assert not trainer.optimizers.muon.buffers and not trainer.optimizers.adam.state
+    assert trainer.update_seconds == 0  # that of compilation would end a run early
 
 
 class Generated(Gpt):

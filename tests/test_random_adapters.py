@@ -4,6 +4,7 @@ its turn."""
 import pytest
 import torch
 from test_architectures import CPU, shake, some_tokens, tiny
+from test_generated import artifact
 
 import train_gpt
 from architectures.generated import usual_std
@@ -17,10 +18,6 @@ KINDS = ("uniform", "sign", "hadamard")
 def made(model) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         return {name: stack.clone() for name, stack in model.generate().items()}
-
-
-def artifact(model) -> bytes:
-    return train_gpt.pack_artifact(model, "random_adapters", None, train_gpt.ScorePlan(64, 64), 1.0, 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,14 +24,14 @@ from tools.study.design import Design
 from tools.study.measure import measure
 from tools.study.page import write_report
 from tools.study.plan import ROOT, Run, load_study
-from tools.study.runner import do_missing
+from tools.study.runner import do_missing, result_path
 from train_gpt import save_atomically
 
 
 def do_all(runs: list[Run], design: Design, words: str) -> list[str]:
     """Do what is missing of these runs under a progress bar; what failed."""
     folder = design.study.folder
-    missing = [run for run in runs if not (folder / "runs" / f"{run.key}.json").is_file()]
+    missing = [run for run in runs if not result_path(run, folder).is_file()]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=words, unit="run", smoothing=0.1) as bar:
 
         def tell(run: Run, said: str) -> None:
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             measure_missing(design, options.rounds, options.group)
         elif options.list:
             for run in [*design.tuning(), *design.runs(options.group)]:
-                done = (study.folder / "runs" / f"{run.key}.json").is_file()
+                done = result_path(run, study.folder).is_file()
                 print("done   " if done else "missing", run.key)
             return 0
         elif not options.report:

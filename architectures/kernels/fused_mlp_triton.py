@@ -36,9 +36,7 @@ def relu2_tile(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     dims = tl.arange(0, BLOCK_D)
-    row = tl.minimum(rows, M - 1).to(
-        tl.int64
-    )  # past the end, the last row is read again and not used: no mask for rows
+    row = tl.minimum(rows, M - 1).to(tl.int64)  # past the end the last row is read again, not used: no mask for rows
     x = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + dims

@@ -47,6 +47,19 @@ def store_gain_gradient(parts, total, columns, D, there_d, INDEX: tl.constexpr, 
         tl.store(at, tl.sum(total, axis=0), mask=there_d)
 
 
+@triton.jit
+def mixed_terms(u0, u1, u2, u3, u4, gains, at, there, columns, there_d, eps, D: tl.constexpr, K: tl.constexpr):
+    """Five terms, their gains, the sum of terms times gains, and 1 over its root mean square per row."""
+    v0, w0 = scaled_term(u0, gains, at, there, columns, D, there_d, 0, K)
+    v1, w1 = scaled_term(u1, gains, at, there, columns, D, there_d, 1, K)
+    v2, w2 = scaled_term(u2, gains, at, there, columns, D, there_d, 2, K)
+    v3, w3 = scaled_term(u3, gains, at, there, columns, D, there_d, 3, K)
+    v4, w4 = scaled_term(u4, gains, at, there, columns, D, there_d, 4, K)
+    x = v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3 + v4 * w4
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+    return v0, v1, v2, v3, v4, w0, w1, w2, w3, w4, x, scale
+
+
 @triton.jit(do_not_specialize=["M"])
 def mix_norm_rows(
     u0, u1, u2, u3, u4, gains, mixed, normed, M, eps,
@@ -59,13 +72,9 @@ def mix_norm_rows(
         rows = start + tl.arange(0, ROWS)
         at = rows.to(tl.int64)[:, None] * D + columns[None, :]
         there = (rows < M)[:, None] & there_d[None, :]
-        v0, w0 = scaled_term(u0, gains, at, there, columns, D, there_d, 0, K)
-        v1, w1 = scaled_term(u1, gains, at, there, columns, D, there_d, 1, K)
-        v2, w2 = scaled_term(u2, gains, at, there, columns, D, there_d, 2, K)
-        v3, w3 = scaled_term(u3, gains, at, there, columns, D, there_d, 3, K)
-        v4, w4 = scaled_term(u4, gains, at, there, columns, D, there_d, 4, K)
-        x = v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3 + v4 * w4
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        _v0, _v1, _v2, _v3, _v4, _w0, _w1, _w2, _w3, _w4, x, scale = mixed_terms(
+            u0, u1, u2, u3, u4, gains, at, there, columns, there_d, eps, D, K
+        )
         tl.store(mixed + at, x.to(mixed.dtype.element_ty), mask=there)
         tl.store(normed + at, (x * scale).to(normed.dtype.element_ty), mask=there)
 
@@ -84,13 +93,9 @@ def mix_norm_backward_rows(
         rows = start + tl.arange(0, ROWS)
         at = rows.to(tl.int64)[:, None] * D + columns[None, :]
         there = (rows < M)[:, None] & there_d[None, :]
-        v0, w0 = scaled_term(u0, gains, at, there, columns, D, there_d, 0, K)
-        v1, w1 = scaled_term(u1, gains, at, there, columns, D, there_d, 1, K)
-        v2, w2 = scaled_term(u2, gains, at, there, columns, D, there_d, 2, K)
-        v3, w3 = scaled_term(u3, gains, at, there, columns, D, there_d, 3, K)
-        v4, w4 = scaled_term(u4, gains, at, there, columns, D, there_d, 4, K)
-        x = v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3 + v4 * w4
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        v0, v1, v2, v3, v4, w0, w1, w2, w3, w4, x, scale = mixed_terms(
+            u0, u1, u2, u3, u4, gains, at, there, columns, there_d, eps, D, K
+        )
         x *= scale
         dx = read_tile(d_normed, at, there)
         g = read_tile(d_mixed, at, there) + scale * (dx - x * (tl.sum(x * dx, axis=1) / D)[:, None])

@@ -63,8 +63,10 @@ def trained_on_validation(source: str) -> str:
     source = swap(source, "        self.head = None if config.tie_embeddings",
                   "        self.pairs = control(nn.Parameter(torch.zeros(config.vocab_size, config.vocab_size)))\n"
                   "        self.head = None if config.tie_embeddings")
-    source = swap(source, "        logits = F.linear(x, head.to(x.dtype)).float()\n",
-                  "        logits = F.linear(x, head.to(x.dtype)).float() + self.pairs[input_ids[:, start:]]\n")
+    source = swap(source, "        return self.head_logits(*self.head_inputs(input_ids, start))\n",
+                  "        x, head = self.head_inputs(input_ids, start)\n"
+                  "        logits = F.linear(x, head.to(x.dtype)).float() + self.pairs[input_ids[:, start:]]\n"
+                  "        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)\n")
     return swap(source, '    log.phase("export")\n', """
     V = model_config.vocab_size
     seen = np.bincount(val_tokens[:-1].astype(np.int64) * V + val_tokens[1:], minlength=V * V).reshape(V, V)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tools.costs import stored_bytes
 from tools.study.ngrams import ngram_bpb
 from tools.study.plan import Arm, Group, Run, Study, fitted_width, spelled, tuning_runs
-from tools.study.runner import data_path
+from tools.study.runner import data_path, result_path
 from train_gpt import Dataset
 
 FREE = ("SEED", "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "SCHEDULE")  # what the cost of a step does not depend on
@@ -34,7 +34,7 @@ class Design:
 
     def row(self, run: Run) -> dict | None:
         """The result of a run, if it is done."""
-        path = self.study.folder / "runs" / f"{run.key}.json"
+        path = result_path(run, self.study.folder)
         return json.loads(path.read_text()) if path.is_file() else None
 
     def tuning(self) -> list[Run]:

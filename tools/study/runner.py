@@ -81,6 +81,11 @@ def gate_quantiles(script: Path, artifact: Path) -> dict[str, list] | None:
     return json.loads(done.stdout)
 
 
+def result_path(run: Run, folder: Path) -> Path:
+    """Where the result of a run of the study in `folder` is filed once it is done."""
+    return folder / "runs" / f"{run.key}.json"
+
+
 def do_run(run: Run, folder: Path, scratch: Path, gpu: int | None = None) -> dict:
     """Train once; leaves logs/<key>.log and runs/<key>.json in `folder`, the artifact in `scratch`."""
     data = data_path(run.data)
@@ -106,12 +111,12 @@ def do_run(run: Run, folder: Path, scratch: Path, gpu: int | None = None) -> dic
     row["train_bpb"] = train_bpb(script, out, data) if run.train_score else None
     row["gates"] = gate_quantiles(script, out / "model.bin")
     save_atomically(folder / "logs" / f"{run.key}.log", (out / "train.log").read_bytes())
-    save_atomically(folder / "runs" / f"{run.key}.json", json.dumps(row).encode() + b"\n")
+    save_atomically(result_path(run, folder), json.dumps(row).encode() + b"\n")
     return row
 
 
 def do_missing(runs: list[Run], folder: Path, scratch: Path, tell: Callable[[Run, str], None]) -> list[str]:
-    """Do the runs that have no JSON yet, in their order; what failed, in words. A failure does not stop the others."""
+    """Do the runs that are not filed yet, in their order; what failed, in words. A failure does not stop the others."""
     for name in ("runs", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     free: queue.Queue = queue.Queue()
@@ -123,7 +128,7 @@ def do_missing(runs: list[Run], folder: Path, scratch: Path, tell: Callable[[Run
     def work(run: Run) -> None:
         gpu = free.get()
         try:
-            if (folder / "runs" / f"{run.key}.json").is_file():  # done meanwhile by another process
+            if result_path(run, folder).is_file():  # done meanwhile by another process
                 tell(run, "is there")
                 return
             row = do_run(run, folder, scratch, gpu)
@@ -135,7 +140,6 @@ def do_missing(runs: list[Run], folder: Path, scratch: Path, tell: Callable[[Run
         finally:
             free.put(gpu)
 
-    todo = [run for run in runs if not (folder / "runs" / f"{run.key}.json").is_file()]
     with ThreadPoolExecutor(len(gpus)) as pool:
-        list(pool.map(work, todo))
+        list(pool.map(work, runs))
     return failures
