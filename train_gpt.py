@@ -7,6 +7,7 @@
 Reads top to bottom: settings, machine, tokens and batches, score, optimizers, schedule, artifact, training, main.
 """
 
+import ctypes
 import dataclasses
 import difflib
 import gc
@@ -54,6 +55,7 @@ from architectures.layers import (  # noqa: E402
 # END KIT IMPORT
 
 gc.enable()
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 BYTE_CAP = 16_000_000  # of the artifact and the script together, decimal
 
 # -----------------------------------------------------------------------------
@@ -268,6 +270,15 @@ def pick_device(wanted: str | None) -> torch.device:
     if not there.get(kind):
         raise ValueError(f"DEVICE={kind} is not here. Available: {', '.join(k for k, ok in there.items() if ok)}")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for the next step's buffers. By itself it hands large ones back, and the system
+    clears pages for them again at every step: a sixth of its time on a CPU. Other C libraries are left alone.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_MAX, 0)  # no allocation has pages of its own
+        mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
 def make_machine(run: RunConfig) -> Machine:
@@ -1689,6 +1700,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
+        keep_freed_memory()
         if len(argv) == 2 and argv[0] == "score":
             return serve(argv[1])
         if argv:

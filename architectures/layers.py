@@ -145,21 +145,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same, by matrix products of blocks of queries with the keys that they see, for a compiled bf16 step on CPU.
 
-    The probabilities are kept for backward: H T bytes per token.
+    The sums of values are divided by the sums of weights, not the weights, which saves a pass over those in each
+    direction. Unnormalised weights are kept for backward: H T bytes per token.
     """
     (B, H, T, K), G = q.shape, k.size(1)
     q = (q * K**-0.5).reshape(B * G, H // G, T, K)  # the heads that share keys side by side
     k, v = k.reshape(B * G, T, K), v.reshape(B * G, T, -1)
-    position = torch.arange(T, device=q.device)
-    parts, rows = [], max(128, -(-T // 8))
+    parts, rows = [], min(T, max(128, -(-T // 8)))
+    bias = later_keys(rows, T)
     for start in range(0, T, rows):
         end = min(T, start + rows)
         scores = torch.bmm(q[:, :, start:end].reshape(B * G, -1, K), k[:, :end].mT)
-        scores = scores.view(B * G, H // G, end - start, end).float()
-        later = position[:end] > position[start:end, None]
-        weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1).to(v.dtype)
-        parts.append(torch.bmm(weights.view(B * G, -1, end), v[:, :end]).view(B * G, H // G, end - start, -1))
+        scores = scores.view(B * G, H // G, end - start, end).float() + bias[start - end :, T - end :]
+        weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+        read = torch.bmm(weights.to(v.dtype).view(B * G, -1, end), v[:, :end]).view(B * G, H // G, end - start, -1)
+        parts.append((read.float() / weights.sum(-1, keepdim=True)).to(v.dtype))
     return torch.cat(parts, dim=2).view(B, H, T, -1)
+
+
+@torch.compiler.assume_constant_result  # computed inside the graph it would be made anew, slowly, in every softmax
+def later_keys(rows: int, T: int) -> Tensor:
+    """(rows, T) to add to the scores of the last of T queries: -inf where a key is later than the query, else 0.
+
+    Without its first n columns it is right for the queries n earlier.
+    """
+    return torch.full((rows, T), -torch.inf).triu(T - rows + 1)
 
 
 def short_conv(x: Tensor, taps: Tensor, before: Tensor | None = None) -> Tensor:

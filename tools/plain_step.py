@@ -4,11 +4,13 @@ PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz
 the model with train_gpt.py and nothing of the step, so the step is also tested against it.
 """
 
+import ctypes
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from statistics import median
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from train_gpt import (
     RunConfig,
     Trainer,
     compile_pays,
+    keep_freed_memory,
     make_machine,
     micro_batch_count,
 )
@@ -29,6 +32,7 @@ from train_gpt import (
 COMPILED_GRAPHS = 256  # of one function by all models here; beyond its own limit torch goes on uncompiled
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-3, 5e-3  # of a loss, relative
 LAP_SECONDS = 0.5
+GLIBC = {-4: 65_536, -3: 32 << 20, -1: 64 << 20}  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD where they settle
 
 
 def newton_schulz(matrix: Tensor, steps: int, polynomial: str = "jordan") -> Tensor:
@@ -131,11 +135,23 @@ def random_batches(run: RunConfig, config: ModelConfig, device: torch.device, co
     return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
 
 
+def hand_freed_memory_back() -> None:
+    """Undo train_gpt.keep_freed_memory: glibc as a program finds it that does not ask."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter, value in GLIBC.items():
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
+
+
 class Stepper:
     """A step with its own model, timed; the step maps (batch, number of the step) to the loss."""
 
-    def __init__(self, step: Callable[[Tensor, int], Tensor], model: LanguageModel, batches: list[Tensor]):
+    set_last: ClassVar[Callable[[], None] | None] = None  # what the process does with freed memory
+
+    def __init__(self, step: Callable, model: LanguageModel, batches: list[Tensor], keeps_memory: bool = True):
         self.step, self.model, self.batches, self.done = step, model, batches, 0
+        self.set_allocator = keep_freed_memory if keeps_memory else hand_freed_memory_back
 
     def take(self, steps: int) -> float:
         """The loss of the last of these steps; the device may queue them, and is waited for at the end."""
@@ -145,7 +161,11 @@ class Stepper:
         return loss.item()
 
     def lap(self, steps: int) -> float:
-        """Seconds per step over a number of steps."""
+        """Seconds per step over a number of steps; after a change of the allocator one goes before, not counted."""
+        if Stepper.set_last is not self.set_allocator:
+            Stepper.set_last = self.set_allocator
+            self.set_allocator()
+            self.take(1)
         start = time.perf_counter()
         self.take(steps)
         return (time.perf_counter() - start) / steps
@@ -161,12 +181,19 @@ def build(Model, config: ModelConfig, run: RunConfig, device: torch.device) -> L
     return model.to(device)
 
 
-def kit_stepper(model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list) -> Stepper:
+def kit_stepper(
+    model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list, keeps_memory: bool = True
+) -> Stepper:
     """train_gpt.py's own step, at the base rates."""
     model.compute_dtype = machine.dtype
     model.choose_kernels(len(batches[0]) // micro_batches, machine.compile, machine.sum)
     trainer = Trainer(model, run, machine, micro_batches)
-    return Stepper(lambda batch, step: trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0], model, batches)
+
+
+    def step(batch: Tensor, number: int) -> Tensor:
+        return trainer.train_step(batch, number, 1.0, lambda: [0.0, 0.0, 0.0])[0]
+
+    return Stepper(step, model, batches, keeps_memory)
 
 
 def chosen_machine(run: RunConfig) -> Machine:
@@ -177,17 +204,20 @@ def chosen_machine(run: RunConfig) -> Machine:
     return machine
 
 
-def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, tuple[Machine, int]]:
-    """(machine, micro-batches) by name: each choice alone, then together. BF16=0 and COMPILE=0 leave theirs out."""
+def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, tuple[Machine, int, bool]]:
+    """(machine, micro-batches, keeps freed memory?) by name: each choice alone, then together, then the kit's without
+    one or otherwise. BF16=0 and COMPILE=0 leave theirs out."""
     found = {}
     for compiled in (False,) if run.compile is False else (False, True):
         for dtype in (torch.float32,) if run.bf16 is False else (torch.float32, torch.bfloat16):
             words = ["batched Muon"] + ["bf16"] * (dtype == torch.bfloat16) + ["compile"] * compiled
             mark = " (kit)" if (dtype, compiled) == (chosen.dtype, chosen.compile) else ""
-            found[" + ".join(words) + mark] = replace(chosen, dtype=dtype, compile=compiled), count
+            found[" + ".join(words) + mark] = replace(chosen, dtype=dtype, compile=compiled), count, True
+    if chosen.device.type == "cpu":
+        found["kit, memory handed back"] = chosen, count, False
     for more in (2, 4):
         if rows % (count * more) == 0:
-            found[f"kit in {count * more} micro-batches"] = chosen, count * more
+            found[f"kit in {count * more} micro-batches"] = chosen, count * more, True
     return found
 
 
@@ -197,9 +227,9 @@ def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) ->
     chosen = chosen_machine(run)
     count, batches = micro_batch_count(run, config, chosen), random_batches(run, config, chosen.device)
     model = build(Model, config, run, chosen.device)
-    steppers, tolerances = {"plain": Stepper(PlainStep(model, run, count), model, batches)}, {"plain": 0.0}
-    for name, (machine, parts) in variants(run, chosen, count, len(batches[0])).items():
-        steppers[name] = kit_stepper(build(Model, config, run, chosen.device), run, machine, parts, batches)
+    steppers, tolerances = {"plain": Stepper(PlainStep(model, run, count), model, batches, False)}, {"plain": 0.0}
+    for name, (machine, parts, keeps) in variants(run, chosen, count, len(batches[0])).items():
+        steppers[name] = kit_stepper(build(Model, config, run, chosen.device), run, machine, parts, batches, keeps)
         tolerances[name] = FP32_TOLERANCE if machine.dtype == torch.float32 else BF16_TOLERANCE
     first_seconds, losses = {}, {}
     for name, stepper in steppers.items():
@@ -218,6 +248,7 @@ def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) ->
         name, speed = row["what"], 1000 * run.train_batch_tokens / row["median_ms"]
         rows.append(row | dict(tokens_per_second=speed, first_seconds=first_seconds[name], first_loss=losses[name][0]))
     notes = [
+        "plain: the C library's allocator as a program finds it; the rest: as train_gpt.py sets it, or handed back",
         f"n rounds of {steps} step(s); first_seconds: the first call, compilation included; (kit): its choice",
         f"before and after a step the losses are the plain one's within {FP32_TOLERANCE}, bf16 within {BF16_TOLERANCE}",
     ]
