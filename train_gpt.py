@@ -221,6 +221,12 @@ class Machine:
             dist.all_reduce(values)
         return values
 
+    def begin_mean(self, values: Tensor) -> Callable[[], object]:
+        """Begin to average values over the ranks, in place; the call of what comes back waits for the end of that."""
+        if self.world_size == 1:
+            return lambda: None
+        return dist.all_reduce(values.div_(self.world_size), async_op=True).wait
+
 
 def score_dtype(device: torch.device) -> torch.dtype:
     """Number format of scoring: fp32 on CPU, where bf16 would make a score depend on the processor."""
@@ -737,7 +743,8 @@ def orthogonalize(x: Tensor, steps: int, polynomial: str) -> Tensor:
 class Muon:
     """Momentum, then orthogonalised updates (https://kellerjordan.github.io/posts/muon/), batched by shape.
 
-    Matrices are laid on their side where that makes shapes equal; each rank orthogonalises its part of a batch.
+    Matrices are laid on their side where that makes shapes equal; each rank orthogonalises its part of a batch. What
+    the ranks exchange of one batch travels while the next is computed.
     """
 
     def __init__(self, params: list[nn.Parameter], run: RunConfig, machine: Machine):
@@ -747,6 +754,7 @@ class Muon:
         self.batches: dict[tuple[int, int], list[nn.Parameter]] = {}
         for p in params:
             self.batches.setdefault((min(p.shape[-2:]), max(p.shape[-2:])), []).append(p)
+        self.grads: dict[tuple[int, int], tuple[Tensor, Callable]] = {}  # (n, R, C), and what waits for their mean
         self.buffers: dict[tuple[int, int], Tensor] = {}
 
     @staticmethod
@@ -755,31 +763,58 @@ class Muon:
         x = x.reshape(-1, *x.shape[-2:])
         return x.mT if x.size(-2) > x.size(-1) else x
 
+    @staticmethod
+    def upright(batch: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
+        """The undoing of on_side: views of the batch (n, R, C) in the shapes of the parameters that it is made of."""
+        parts = batch.split([math.prod(p.shape[:-2]) for p in params])
+        turned = (part.mT if p.size(-2) > p.size(-1) else part for p, part in zip(params, parts, strict=True))
+        return [part.reshape(p.shape) for p, part in zip(params, turned, strict=True)]
+
+    def collect(self) -> None:
+        """Batch the gradients, leaving views in .grad, and begin to average them over the ranks."""
+        for shape, params in self.batches.items():
+            grads = torch.cat([self.on_side(p.grad) for p in params])
+            for p, view in zip(params, self.upright(grads, params), strict=True):
+                p.grad = view
+            self.grads[shape] = grads, self.machine.begin_mean(grads)
+
+    def wait(self) -> None:
+        """Until all gradients are averaged."""
+        for _, wait in self.grads.values():
+            wait()
+
     @torch.no_grad()
     def step(self) -> None:
-        for shape, params in self.batches.items():
-            grads = torch.cat([self.on_side(p.grad) for p in params])  # (n, R, C)
+        """Move the weights by what collect() has batched."""
+        updates = []
+        for shape, (grads, wait) in self.grads.items():
+            wait()
             if shape not in self.buffers:
                 self.buffers[shape] = torch.zeros_like(grads)
             buffer = self.buffers[shape].mul_(self.momentum).add_(grads)
-            update = self.spread(grads.add_(buffer, alpha=self.momentum).to(self.machine.dtype))
-            parts = update.to(grads.dtype).split([math.prod(p.shape[:-2]) for p in params])
-            for p, part in zip(params, parts, strict=True):
-                rows, cols = p.shape[-2:]
-                upright = part.mT if rows > cols else part
-                p.add_(upright.reshape(p.shape), alpha=-self.lr * max(1.0, rows / cols) ** 0.5)
+            updates.append(self.spread(grads.add_(buffer, alpha=self.momentum).to(self.machine.dtype)))
+        for params, finish in zip(self.batches.values(), updates, strict=True):
+            for p, update in zip(params, self.upright(finish().to(params[0].dtype), params), strict=True):
+                p.add_(update, alpha=-self.lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+        self.grads = {}
 
-    def spread(self, x: Tensor) -> Tensor:
-        """orthogonalize(x), each rank doing its share of the batch."""
+    def spread(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin orthogonalize(x), each rank doing its share of the batch; the call of what comes back gives it."""
         world = self.machine.world_size
         if world == 1:
-            return self.orthogonalize(x, *self.how)
+            whole = self.orthogonalize(x, *self.how)
+            return lambda: whole
         share = -(-len(x) // world)
         padded = torch.cat((x, x.new_zeros(share * world - len(x), *x.shape[1:])))
         mine = self.orthogonalize(padded[self.machine.rank * share :][:share], *self.how)
         parts = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(parts, mine.contiguous())
-        return torch.cat(parts)[: len(x)]
+        work = dist.all_gather(parts, mine.contiguous(), async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return torch.cat(parts)[: len(x)]
+
+        return finish
 
 
 class Optimizers:
@@ -793,7 +828,25 @@ class Optimizers:
         self.adam = torch.optim.Adam(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
         self.muon = Muon(groups["matrix"], run, machine)
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.by_adam = [p for group in adam for p in group["params"] if p.requires_grad]
         self.average: list[Tensor] = []
+
+    def exchange(self, report: Tensor) -> Tensor:
+        """Average the gradients over the ranks. The report (float32, 1-D) travels with Adam's and comes back averaged;
+        the matrices are on their way until step() or muon.wait().
+        """
+        for p in self.params:
+            if p.grad is None:  # outside this step's graph: a switch not yet flipped
+                p.grad = torch.zeros_like(p)
+        if self.muon.machine.world_size > 1:
+            sizes = [*(p.numel() for p in self.by_adam), len(report)]
+            flat = torch.cat([*(p.grad.reshape(-1) for p in self.by_adam), report])
+            self.muon.machine.begin_mean(flat)()
+            *grads, report = flat.split(sizes)
+            for p, grad in zip(self.by_adam, grads, strict=True):
+                p.grad = grad.view_as(p)
+        self.muon.collect()
+        return report
 
     @torch.no_grad()
     def follow(self, fraction: float) -> None:
@@ -813,6 +866,7 @@ class Optimizers:
         """Apply the gradients of the given step at lr_scale times the base rates, and drop them."""
         run = self.run
         if run.grad_clip_norm > 0:
+            self.muon.wait()
             nn.utils.clip_grad_norm_(self.params, run.grad_clip_norm, foreach=True)
         warm = min(1.0, step / run.muon_momentum_warmup_steps) if run.muon_momentum_warmup_steps else 1.0
         self.muon.momentum = (1 - warm) * run.muon_momentum_warmup_start + warm * run.muon_momentum
@@ -1276,24 +1330,6 @@ class Trainer:
             torch.autograd.backward(list(generated.values()), [leaf.grad for leaf in leaves.values()])
         return total
 
-    def share(self, report: Tensor) -> Tensor:
-        """Average gradients over the ranks; the report (float32, 1-D) travels with them and comes back averaged."""
-        world = self.machine.world_size
-        if world == 1:
-            return report
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.optimizers.params]
-        flat = torch.cat([g.reshape(-1) for g in grads] + [report]).div_(world)
-        parts = self.machine.sum(flat).split([g.numel() for g in grads] + [len(report)])
-        for p, g, part in zip(self.optimizers.params, grads, parts, strict=False):
-            p.grad = part.view_as(g)
-        return parts[-1]
-
-    def fill_missing(self) -> None:
-        """A parameter outside this step's graph (a switch not yet flipped) gets a zero gradient."""
-        for p in self.optimizers.params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-
     def train_step(self, batch: Tensor, step: int, lr_scale: float, votes: Callable[[], list[float]]) -> Tensor:
         """One optimizer step; [loss, *votes()] averaged over the ranks.
 
@@ -1301,9 +1337,10 @@ class Trainer:
         """
         loss = self.backward(batch)
         report = torch.cat((loss.float().reshape(1), torch.tensor(votes(), dtype=torch.float32).to(batch.device)))
-        report = self.share(report)
-        self.fill_missing()
-        if self.machine.lag or not report[-1] > 0:
+        report = self.optimizers.exchange(report)
+        if not self.machine.lag and report[-1] > 0:
+            self.optimizers.muon.wait()
+        else:
             start = time.perf_counter()
             self.optimizers.step(step, lr_scale)
             self.update_seconds = max(time.perf_counter() - start, 0.9 * self.update_seconds)

@@ -73,6 +73,7 @@ def test_batched_muon_equals_one_matrix_at_a_time():
         for p, q in zip(ours, theirs, strict=True):
             p.grad = q.grad = torch.randn(p.shape)
         stack.grad = torch.stack([ours[0].grad, ours[4].grad])
+        muon.collect()
         muon.step()
         for q, buffer in zip(theirs, buffers, strict=True):
             looped_muon_update(q, buffer, 0.1, 0.95)

@@ -92,8 +92,9 @@ def losses_of(output: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_process(data, tmp_path_factory) -> tuple[dict, list[float], dict]:
-    """(settings, losses, result) of a short fp32 run on one process."""
-    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path_factory.mktemp("one"), ITERATIONS=6, BF16=0)
+    """(settings, losses, result) of a short fp32 run on one process, gradients clipped."""
+    folder = tmp_path_factory.mktemp("one")
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=folder, ITERATIONS=6, BF16=0, GRAD_CLIP_NORM=0.05)
     done = run_script(settings)
     return settings, losses_of(done.stdout), result_of(done)
 
