@@ -126,39 +126,42 @@ class Rotary(nn.Module):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q (B, H, T, K) over k, v (B, H or fewer, T, K) up to its own position, in q's dtype."""
-    blocked = torch.compiler.is_compiling() and torch.is_grad_enabled() and q.size(-2) <= MAX_BLOCKED_SEQ_LEN
-    if blocked and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return blocked_attention(q, k, v)
     return attention(q, k, v, is_causal=True)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Softmax attention of q (B, H, T, K) over k, v (B, H or fewer, S, K) where mask, (T, S) or more, is true, or over
-    all, by PyTorch's kernel, in q's dtype."""
+    all, by the fastest kernel that there is, in q's dtype."""
     dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16:  # whose backward takes three times as long
-        q, k, v = q.float(), k.float(), v.float()
+    if q.device.type == "cpu" and dtype == torch.bfloat16:
+        steps = torch.compiler.is_compiling() and torch.is_grad_enabled()
+        if steps and mask is None and k.size(-2) <= MAX_BLOCKED_SEQ_LEN:
+            return blocked_attention(q, k, v, is_causal)
+        q, k, v = q.float(), k.float(), v.float()  # PyTorch's backward in bf16 takes three times as long
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped).to(dtype)
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     """The same, by matrix products of blocks of queries with the keys that they see, for a compiled bf16 step on CPU.
 
     The sums of values are divided by the sums of weights, not the weights, which saves a pass over those in each
-    direction. Unnormalised weights are kept for backward: H T bytes per token.
+    direction. Unnormalised weights are kept for backward: H S bytes per token if causal, else twice that.
     """
-    (B, H, T, K), G = q.shape, k.size(1)
+    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     q = (q * K**-0.5).reshape(B * G, H // G, T, K)  # the heads that share keys side by side
-    k, v = k.reshape(B * G, T, K), v.reshape(B * G, T, -1)
+    k, v = k.reshape(B * G, S, K), v.reshape(B * G, S, -1)
     parts, rows = [], min(T, max(128, -(-T // 8)))
-    bias = later_keys(rows, T)
+    bias = later_keys(rows, T) if is_causal else None
     for start in range(0, T, rows):
         end = min(T, start + rows)
-        scores = torch.bmm(q[:, :, start:end].reshape(B * G, -1, K), k[:, :end].mT)
-        scores = scores.view(B * G, H // G, end - start, end).float() + bias[start - end :, T - end :]
+        seen = end if is_causal else S
+        scores = torch.bmm(q[:, :, start:end].reshape(B * G, -1, K), k[:, :seen].mT)
+        scores = scores.view(B * G, H // G, end - start, seen).float()
+        if bias is not None:
+            scores = scores + bias[start - end :, T - end :]
         weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
-        read = torch.bmm(weights.to(v.dtype).view(B * G, -1, end), v[:, :end]).view(B * G, H // G, end - start, -1)
+        read = torch.bmm(weights.to(v.dtype).view(B * G, -1, seen), v[:, :seen]).view(B * G, H // G, end - start, -1)
         parts.append((read.float() / weights.sum(-1, keepdim=True)).to(v.dtype))
     return torch.cat(parts, dim=2).view(B, H, T, -1)
 

@@ -9,8 +9,8 @@ from architectures import layers
 SHAPES = [(2, 4, 4, 64, 16), (1, 6, 2, 130, 8), (2, 8, 4, 257, 16), (1, 4, 1, 1030, 8)]  # B, H, G, T, K
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = True) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -20,9 +20,10 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_blocked_attention_is_softmax_attention_forward_and_backward(shape):
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_blocked_attention_is_softmax_attention_forward_and_backward(shape, is_causal):
     ours, wanted = inputs(shape, torch.float32), inputs(shape, torch.float64)
-    y, want = layers.blocked_attention(*ours), sdpa(*wanted)
+    y, want = layers.blocked_attention(*ours, is_causal), sdpa(*wanted, is_causal)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     for got, grad in zip(
@@ -35,19 +36,22 @@ def test_blocked_attention_is_softmax_attention_forward_and_backward(shape):
 def blocked_calls(monkeypatch) -> list:
     """Filled at every trace or run of the blocked form."""
     calls, real = [], layers.blocked_attention
-    monkeypatch.setattr(layers, "blocked_attention", lambda *qkv: calls.append(1) or real(*qkv))
+    monkeypatch.setattr(layers, "blocked_attention", lambda *args: calls.append(1) or real(*args))
     torch._dynamo.reset()
     return calls
 
 
-def test_a_compiled_bf16_step_on_cpu_attends_in_blocks_and_is_as_close_to_fp64_as_the_plain_one(blocked_calls):
-    compiled = torch.compile(layers.causal_attention, dynamic=False)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_compiled_bf16_step_on_cpu_attends_in_blocks_and_is_as_close_to_fp64_as_the_plain_one(
+    blocked_calls, is_causal
+):
+    compiled = torch.compile(layers.attention, dynamic=False)
     exact = inputs(SHAPES[2], torch.float64)
-    want = torch.autograd.grad(sdpa(*exact).square().sum(), exact)
+    want = torch.autograd.grad(sdpa(*exact, is_causal).square().sum(), exact)
     errors = {}
-    for name, attention in (("blocked", compiled), ("plain", layers.causal_attention)):
+    for name, attention in (("blocked", compiled), ("plain", layers.attention)):
         ours = inputs(SHAPES[2], torch.bfloat16)
-        found = torch.autograd.grad(attention(*ours).float().square().sum(), ours)
+        found = torch.autograd.grad(attention(*ours, is_causal=is_causal).float().square().sum(), ours)
         errors[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(found, want, strict=True))
     assert blocked_calls and errors["blocked"] < 2 * errors["plain"] < 0.05, errors
 
