@@ -106,7 +106,8 @@ class Design:
         tuned, budget = self.tuned(arm.tuned_as), self.budget_settings(group, arm)
         if tuned is None or budget is None:
             return {}
-        settings = arm.settings | {key.upper(): spelled(value) for key, value in tuned.items()} | budget
+        tuned = {key.upper(): spelled(value) for key, value in tuned.items()}
+        settings = arm.settings | tuned | group.settings | budget
         return {
             seed: Run(arm.arch, seed, group.data, settings | {"SEED": str(seed)}, group.train_score)
             for seed in self.study.seeds
@@ -132,9 +133,10 @@ class Design:
         return {"VOCAB_SIZE": str(self.vocab_size)} | own
 
     def measure_path(self, group: Group, arm: Arm) -> Path:
-        """Where the costs of the arm's step are filed; the name holds what they depend on."""
+        """Where the costs of the arm's step are filed; the name holds what they and the baseline's depend on."""
         group, arm = self.timed(group, arm)
-        what = [arm.arch, group.baseline, self.measured_settings(group, arm)]
+        base = next(one for one in group.arms if one.name == group.baseline)
+        what = [[one.arch, self.measured_settings(group, one)] for one in (base, arm)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         return self.study.folder / "measures" / f"{re.sub('[^a-z0-9]+', '_', arm.name.lower())}_{digest}.json"
 

@@ -19,6 +19,7 @@ gpt = {}                          ARCH is the arm's name unless it says otherwis
 [[group]]
 name = "same shape"               question = "..."
 baseline = "gpt"                  arms = ["gpt", "ti_ssm lti"]
+settings = {MATRIX_LR = 0.002}    optional: of this group's runs, whatever tuning found
 vary = {TI_FEAT = ["const"]}      optional: a copy of each arm (but the baseline) for every combination
 seeds = {first = 1, close = 3, within = 0.05}   optional: each arm is run with the first seed, those within so many
                                   bits per byte of the baseline on it with three (more = ["...", ...]: these
@@ -67,6 +68,7 @@ class Group:
     published: dict[str, str] = field(default_factory=dict)  # arm -> what others reported
     train_score: bool = False  # score the training text too, for the gap
     seeds: dict | None = None  # first, close, within, more; None: all seeds for all arms
+    settings: dict[str, str] = field(default_factory=dict)  # of all its runs, over arms' and tuning's
 
 
 @dataclass
@@ -145,9 +147,9 @@ def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
         budget = table["budget"]
         raise ValueError(f"{where}: budget {budget} must be steps or seconds, or steps and clock_of or bytes_of")
     chosen = [arms[name] for name in table["arms"]]
-    if own := table.get("settings", {}):
-        made = [make_arm(arm.name, {"ARCH": arm.arch} | arm.settings, own) for arm in chosen]
-        chosen = [replace(arm, settings=new.settings) for arm, new in zip(chosen, made, strict=True)]
+    own = {key.upper(): spelled(value) for key, value in table.get("settings", {}).items()}
+    for i, arm in enumerate(chosen):
+        chosen[i] = replace(arm, settings=make_arm(arm.name, {"ARCH": arm.arch} | arm.settings, own).settings)
     chosen = varied(chosen, table.get("vary", {}), table["baseline"])
     if table["baseline"] not in [arm.name for arm in chosen]:
         raise ValueError(f'{where}: its baseline "{table["baseline"]}" is none of its arms')
@@ -160,7 +162,7 @@ def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
         raise ValueError(f'{where}: published names "{unknown[0]}", which is none of its arms')
     return Group(
         table["name"], table["question"], table["baseline"], table["budget"], chosen, table.get("data", data),
-        published, table.get("train_score", False), seeds,
+        published, table.get("train_score", False), seeds, own,
     )  # fmt: skip
 
 
