@@ -188,6 +188,16 @@ def test_a_group_of_equal_bytes_narrows_the_larger_model(write):
     assert int(gpt.settings["MODEL_DIM"]) < int(ti_mlp.settings["MODEL_DIM"]) == 32
     wider = stored_bytes("gpt", gpt.settings | {"MODEL_DIM": str(int(gpt.settings["MODEL_DIM"]) + 8)}, 260)
     assert abs(sizes[0] - sizes[1]) <= abs(wider - sizes[1])
+    shape = design.study.groups[0]  # its ti_mlp is the same, but the gpt that it takes turns with is not
+    assert design.measure_path(group, group.arms[1]) != design.measure_path(shape, shape.arms[1])
+
+
+def test_a_group_s_own_settings_win_over_what_tuning_found(write):
+    design = Design(load_study(write(MORE.replace('"Does time matter?"', '"?"\nsettings = {MATRIX_LR = 0.5}'))))
+    tune_all(design)
+    first = {group.name: design.arm_runs(group, group.arms[0])[1] for group in design.study.groups[:2]}
+    rates = {name: run.settings["MATRIX_LR"] for name, run in first.items()}
+    assert rates == {"same shape": "0.04", "time": "0.5"}
 
 
 def test_a_group_of_equal_time_gives_the_faster_model_more_steps(write):
