@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures import load_architecture
-from tools import bench
+from architectures import layers, load_architecture
+from tools import bench, plain_step
 from tools.logs import read_log
 from tools.plain_step import PlainStep, build, compare, interleave, kit_stepper, measure_step, newton_schulz, table
 from train_gpt import Machine, RunConfig, read_settings
@@ -92,8 +92,20 @@ def test_speed_is_paired_so_that_a_slow_spell_of_the_machine_does_not_count():
 def test_step_measures_every_choice_and_says_which_is_the_kits():
     found = measure_step(*read_settings(SHAPE | {"COMPILE": "0", "BF16": "0"}), rounds=2)
     names = [row["what"] for row in found["rows"]]
-    assert names == ["plain", "batched Muon (kit)", "kit in 2 micro-batches", "kit in 4 micro-batches"]
+    more = [f"kit{what}" for what in (", memory handed back", " in 2 micro-batches", " in 4 micro-batches")]
+    assert names == ["plain", "batched Muon (kit)", *more]
     assert all(len(found["raw_seconds_per_step"][name]) == 2 for name in names)
+
+
+def test_a_step_is_timed_in_its_condition_after_one_that_is_not_counted(monkeypatch):
+    monkeypatch.setattr(plain_step.Stepper, "entered", None)
+    seen, conditions = [], (plain_step.as_the_kit, plain_step.with_pytorch_s_attention, plain_step.as_the_kit)
+    for condition in conditions:
+        stepper = plain_step.Stepper(
+            lambda *_: seen.append(layers.MAX_BLOCKED_SEQ_LEN) or torch.zeros(()), None, [0], condition
+        )
+        stepper.lap(2), stepper.lap(2)
+    assert seen == [1024] * 5 + [0] * 5 + [1024] * 5
 
 
 def test_step_refuses_to_compare_two_different_steps(monkeypatch):

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from architectures import load_architecture
-from architectures.layers import LanguageModel, ModelConfig, is_control
+from architectures import layers, load_architecture
+from architectures.layers import MAX_BLOCKED_SEQ_LEN, LanguageModel, ModelConfig, is_control
 from train_gpt import (
     MUON_POLYNOMIALS,
     Machine,
@@ -135,8 +135,15 @@ def random_batches(run: RunConfig, config: ModelConfig, device: torch.device, co
     return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
 
 
-def hand_freed_memory_back() -> None:
-    """Undo train_gpt.keep_freed_memory: glibc as a program finds it that does not ask."""
+def as_the_kit() -> None:
+    """The process as train_gpt.py sets it."""
+    keep_freed_memory()
+    layers.MAX_BLOCKED_SEQ_LEN = MAX_BLOCKED_SEQ_LEN
+
+
+def with_memory_handed_back() -> None:
+    """The same, but the C library's allocator as a program finds it that does not ask."""
+    as_the_kit()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter, value in GLIBC.items():
@@ -144,27 +151,39 @@ def hand_freed_memory_back() -> None:
         libc.malloc_trim(0)
 
 
+def with_pytorch_s_attention() -> None:
+    """The same, but a compiled step attends by PyTorch's kernel alone."""
+    as_the_kit()
+    layers.MAX_BLOCKED_SEQ_LEN = 0
+
+
 class Stepper:
-    """A step with its own model, timed; the step maps (batch, number of the step) to the loss."""
+    """A step with its own model, timed, in a condition of the process; from (batch, number of the step) to the loss."""
 
-    set_last: ClassVar[Callable[[], None] | None] = None  # what the process does with freed memory
+    entered: ClassVar[Callable[[], None] | None] = None  # the condition that the process is in
 
-    def __init__(self, step: Callable, model: LanguageModel, batches: list[Tensor], keeps_memory: bool = True):
-        self.step, self.model, self.batches, self.done = step, model, batches, 0
-        self.set_allocator = keep_freed_memory if keeps_memory else hand_freed_memory_back
+    def __init__(self, step: Callable, model: LanguageModel, batches: list[Tensor], condition=as_the_kit):
+        self.step, self.model, self.batches, self.condition, self.done = step, model, batches, condition, 0
+
+    def enter(self) -> bool:
+        """Bring the process into the condition; whether it was in another."""
+        changes = Stepper.entered is not self.condition
+        if changes:
+            Stepper.entered = self.condition
+            self.condition()
+        return changes
 
     def take(self, steps: int) -> float:
         """The loss of the last of these steps; the device may queue them, and is waited for at the end."""
+        self.enter()
         for _ in range(steps):
             loss = self.step(self.batches[self.done % len(self.batches)], self.done)
             self.done += 1
         return loss.item()
 
     def lap(self, steps: int) -> float:
-        """Seconds per step over a number of steps; after a change of the allocator one goes before, not counted."""
-        if Stepper.set_last is not self.set_allocator:
-            Stepper.set_last = self.set_allocator
-            self.set_allocator()
+        """Seconds per step over a number of steps; after a change of condition one goes before, not counted."""
+        if self.enter():
             self.take(1)
         start = time.perf_counter()
         self.take(steps)
@@ -182,7 +201,7 @@ def build(Model, config: ModelConfig, run: RunConfig, device: torch.device) -> L
 
 
 def kit_stepper(
-    model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list, keeps_memory: bool = True
+    model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list, condition=as_the_kit
 ) -> Stepper:
     """train_gpt.py's own step, at the base rates."""
     model.compute_dtype = machine.dtype
@@ -193,7 +212,7 @@ def kit_stepper(
     def step(batch: Tensor, number: int) -> Tensor:
         return trainer.train_step(batch, number, 1.0, lambda: [0.0, 0.0, 0.0])[0]
 
-    return Stepper(step, model, batches, keeps_memory)
+    return Stepper(step, model, batches, condition)
 
 
 def chosen_machine(run: RunConfig) -> Machine:
@@ -204,20 +223,22 @@ def chosen_machine(run: RunConfig) -> Machine:
     return machine
 
 
-def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, tuple[Machine, int, bool]]:
-    """(machine, micro-batches, keeps freed memory?) by name: each choice alone, then together, then the kit's without
-    one or otherwise. BF16=0 and COMPILE=0 leave theirs out."""
+def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, tuple[Machine, int, Callable]]:
+    """(machine, micro-batches, condition) by name: each choice alone, then together, then the kit's without one or
+    otherwise. BF16=0 and COMPILE=0 leave theirs out."""
     found = {}
     for compiled in (False,) if run.compile is False else (False, True):
         for dtype in (torch.float32,) if run.bf16 is False else (torch.float32, torch.bfloat16):
             words = ["batched Muon"] + ["bf16"] * (dtype == torch.bfloat16) + ["compile"] * compiled
             mark = " (kit)" if (dtype, compiled) == (chosen.dtype, chosen.compile) else ""
-            found[" + ".join(words) + mark] = replace(chosen, dtype=dtype, compile=compiled), count, True
+            found[" + ".join(words) + mark] = replace(chosen, dtype=dtype, compile=compiled), count, as_the_kit
     if chosen.device.type == "cpu":
-        found["kit, memory handed back"] = chosen, count, False
+        found["kit, memory handed back"] = chosen, count, with_memory_handed_back
+        if chosen.compile and chosen.dtype == torch.bfloat16:
+            found["kit, PyTorch's attention"] = chosen, count, with_pytorch_s_attention
     for more in (2, 4):
         if rows % (count * more) == 0:
-            found[f"kit in {count * more} micro-batches"] = chosen, count * more, True
+            found[f"kit in {count * more} micro-batches"] = chosen, count * more, as_the_kit
     return found
 
 
@@ -227,9 +248,10 @@ def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) ->
     chosen = chosen_machine(run)
     count, batches = micro_batch_count(run, config, chosen), random_batches(run, config, chosen.device)
     model = build(Model, config, run, chosen.device)
-    steppers, tolerances = {"plain": Stepper(PlainStep(model, run, count), model, batches, False)}, {"plain": 0.0}
-    for name, (machine, parts, keeps) in variants(run, chosen, count, len(batches[0])).items():
-        steppers[name] = kit_stepper(build(Model, config, run, chosen.device), run, machine, parts, batches, keeps)
+    plain = Stepper(PlainStep(model, run, count), model, batches, with_memory_handed_back)
+    steppers, tolerances = {"plain": plain}, {"plain": 0.0}
+    for name, (machine, parts, condition) in variants(run, chosen, count, len(batches[0])).items():
+        steppers[name] = kit_stepper(build(Model, config, run, chosen.device), run, machine, parts, batches, condition)
         tolerances[name] = FP32_TOLERANCE if machine.dtype == torch.float32 else BF16_TOLERANCE
     first_seconds, losses = {}, {}
     for name, stepper in steppers.items():
