@@ -114,6 +114,17 @@ def test_step_refuses_to_compare_two_different_steps(monkeypatch):
         measure_step(*read_settings(SHAPE | {"COMPILE": "0", "BF16": "0"}), rounds=1)
 
 
+def test_lengths_set_every_length_beside_the_one_before(tmp_path, monkeypatch):
+    for name, value in (SHAPE | {"COMPILE": "0", "BF16": "0", "SSM_PATTERN": "m"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(bench, "LENGTHS", (8, 64, 128))
+    assert bench.main(["lengths", "--arch", "mamba", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    found = json.loads(next(tmp_path.glob("lengths_*.json")).read_text())
+    shorter, longer = (found["raw_seconds_per_step"][name] for name in ("64", "128"))
+    assert [row["what"] for row in found["rows"]] == ["8", "64", "128"] and found["settings"]["ssm_pattern"] == "m"
+    assert found["rows"][2]["over_the_one_before"] == sorted(b / a for a, b in zip(shorter, longer, strict=True))[1]
+
+
 def test_archs_sets_every_architecture_beside_gpt(tmp_path, monkeypatch):
     for name, value in (SHAPE | {"COMPILE": "0", "BF16": "0"}).items():
         monkeypatch.setenv(name, value)

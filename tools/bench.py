@@ -2,6 +2,7 @@
 
     python -m tools.bench                            step: tokens per second against a plain fp32 step, choice by choice
     python -m tools.bench archs|startup|prepare|cap  every architecture; start-up and failures; tokenizing; the clock
+    python -m tools.bench lengths --arch mamba       how the time of a step grows with the length of the sequence
     python -m tools.bench --archs ti_mlp,ti_ssm      some: parameters, bytes, step time beside gpt's, memory, operations
     python -m tools.bench --kernels                  every Triton kernel compiled for Hopper, without a GPU
     python -m tools.bench scan                       on CPU: the scan beside attention, the streamed loss beside eager
@@ -35,7 +36,7 @@ from architectures import load_architecture
 from data.prepare import benchmark, parse_options, prepare
 from data.sources import Source
 from data.tokenizers import train_tokenizer
-from tools.costs import measure_archs
+from tools.costs import measure_archs, measure_lengths
 from tools.gpu_check import kernels as compare_kernels
 from tools.hopper import discover, measure_kernels
 from tools.logs import Log, read_log
@@ -44,7 +45,10 @@ from train_gpt import Machine, RunConfig, hardware_name, pick_device, read_setti
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train_gpt.py"
-ROUNDS = {"step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20, "kernels": 1, "scan": 10}
+ROUNDS = {
+    "step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20, "kernels": 1, "scan": 10, "lengths": 10,
+}  # fmt: skip
+LENGTHS = (512, 1024, 2048, 4096)
 SHAPE = {  # option: (its setting, the value where neither option nor environment has one; --against has none of these)
     "--arch": ("ARCH", "gpt"), "--layers": ("NUM_LAYERS", "4"), "--dim": ("MODEL_DIM", "128"),
     "--heads": ("NUM_HEADS", "4"), "--kv-heads": ("NUM_KV_HEADS", "2"), "--seq-len": ("TRAIN_SEQ_LEN", "256"),
@@ -246,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
             "prepare": lambda: measure_prepare(options.documents, rounds),
             "against": lambda: measure_against(options.against, env, rounds),
             "kernels": lambda: measure_kernels(discover()),
-            "scan": lambda: compare_kernels("cpu", 4096, (512, 1024, 2048, 4096), rounds),
+            "scan": lambda: compare_kernels("cpu", 4096, LENGTHS, rounds),
+            "lengths": lambda: measure_lengths(env, rounds, env["ARCH"], LENGTHS),
             "cap": lambda: measure_cap(env, caps, json.loads(path.read_text()) if path.exists() else {}, save),
         }
         found = parts[part]()

@@ -15,6 +15,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "records" / "benchmarks"
 TITLES = {
     "step": "The training step, choice by choice", "archs": "Every architecture beside gpt",
     "kernels": "Kernels compiled for Hopper, without a GPU", "scan": "The scan and the streamed loss on CPU",
+    "lengths": "The step by the length of the sequence",
     "sizes": "Entropy coders and bit widths", "cap": "The cap on training time", "startup": "Start-up and failures",
     "prepare": "Preparing data", "against": "Beside another script", "gpu_check": "On a GPU",
 }  # fmt: skip

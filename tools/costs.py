@@ -1,6 +1,7 @@
 """What an architecture costs: stored bytes, floating-point operations, memory, and the time of a step beside gpt's."""
 
 from dataclasses import asdict
+from statistics import median
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -56,24 +57,40 @@ def peak_megabytes(stepper: Stepper) -> float:
     return (held + most) / 1e6
 
 
+def make_stepper(arch: str, settings: dict[str, str]) -> Stepper:
+    """The kit's own step of an architecture on random tokens, compiled and warm."""
+    Model, Config = load_architecture(arch)
+    run, config = from_env(RunConfig, settings), from_env(Config, settings)
+    machine = chosen_machine(run)
+    model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
+    stepper = kit_stepper(model, run, machine, micro_batch_count(run, config, machine), batches)
+    stepper.take(3)
+    return stepper
+
+
+def measure_lengths(env: dict[str, str], rounds: int, arch: str, lengths: tuple[int, ...]) -> dict:
+    """The step on one sequence of each length in turns; how much longer one takes than the length before it."""
+    steppers = {
+        T: make_stepper(arch, env | {"TRAIN_SEQ_LEN": str(T), "TRAIN_BATCH_TOKENS": str(T)}) for T in lengths
+    }
+    seconds = interleave({str(T): lambda s=s: s.lap(3) for T, s in steppers.items()}, rounds)
+    rows = compare(seconds, str(lengths[0]))
+    for row, before in zip(rows[1:], rows, strict=False):
+        row["over_the_one_before"] = median(
+            a / b for a, b in zip(seconds[row["what"]], seconds[before["what"]], strict=True)
+        )
+    notes = ["what: tokens of the one sequence of a step; n rounds of 3 steps in turns"]
+    settings = dict(arch=arch, **asdict(steppers[lengths[0]].model.config))
+    return dict(settings=settings, raw_seconds_per_step=seconds, rows=rows, notes=notes, ok=True)
+
+
 def measure_archs(env: dict[str, str], rounds: int, archs: list[str] | None = None) -> dict:
     """Parameters, stored bytes, step time, memory and operations of these architectures, each in turns with gpt."""
-    run = from_env(RunConfig, env)
-    machine = chosen_machine(run)
-
-    def stepper(arch: str) -> Stepper:
-        Model, Config = load_architecture(arch)
-        config = from_env(Config, env)
-        model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
-        found = kit_stepper(model, run, machine, micro_batch_count(run, config, machine), batches)
-        found.take(2)
-        return found
-
-    gpt, rows, raw = stepper("gpt"), [], {}
+    gpt, rows, raw = make_stepper("gpt", env), [], {}
     steps = max(1, round(LAP_SECONDS / gpt.lap(2)))
     for arch in archs or names():
         try:
-            mine = stepper(arch)
+            mine = make_stepper(arch, env)
             raw[arch] = interleave({"gpt": lambda: gpt.lap(steps), "it": lambda s=mine: s.lap(steps)}, rounds)
             row = compare(raw[arch], "gpt")[1] | dict(what=arch, params=sum(p.numel() for p in mine.model.parameters()))
             row |= dict(stored_bytes=stored_bytes(arch, env, mine.model.config.vocab_size))
@@ -85,5 +102,6 @@ def measure_archs(env: dict[str, str], rounds: int, archs: list[str] | None = No
         f"n rounds of {steps} step(s), each in turns with gpt; gpt in turns with itself shows the noise",
         "stored_bytes: int8 weights, fp32 controls, before coding; mflop_per_token: forward, attention unmasked",
     ]
-    settings = dict(train_batch_tokens=run.train_batch_tokens, steps_per_lap=steps, **asdict(gpt.model.config))
+    tokens = from_env(RunConfig, env).train_batch_tokens
+    settings = dict(train_batch_tokens=tokens, steps_per_lap=steps, **asdict(gpt.model.config))
     return dict(settings=settings, raw_seconds_per_step=raw, rows=rows, notes=notes, ok=all("n" in row for row in rows))

@@ -5,10 +5,9 @@ from statistics import median
 
 import torch
 
-from architectures import load_architecture
-from tools.costs import forward_flops, peak_megabytes
-from tools.plain_step import Stepper, build, chosen_machine, kit_stepper, random_batches
-from train_gpt import RunConfig, from_env, hardware_name, micro_batch_count
+from tools.costs import forward_flops, make_stepper, peak_megabytes
+from tools.plain_step import chosen_machine
+from train_gpt import RunConfig, from_env, hardware_name
 
 LAP_STEPS = 3
 
@@ -24,17 +23,6 @@ class Costs:
     flops_per_token: float  # forward, 2 per multiply-add, a shared weight once per use
     hardware: str
     torch: str
-
-
-def make_stepper(arch: str, settings: dict[str, str]) -> Stepper:
-    """The kit's own step of an arm on random tokens, compiled and warm."""
-    Model, Config = load_architecture(arch)
-    run, config = from_env(RunConfig, settings), from_env(Config, settings)
-    machine = chosen_machine(run)
-    model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
-    stepper = kit_stepper(model, run, machine, micro_batch_count(run, config, machine), batches)
-    stepper.take(3)
-    return stepper
 
 
 def measure(arms: dict[str, tuple[str, dict[str, str]]], baseline: str, rounds: int) -> dict[str, Costs]:
