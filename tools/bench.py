@@ -46,7 +46,8 @@ from train_gpt import Machine, RunConfig, hardware_name, pick_device, read_setti
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train_gpt.py"
 ROUNDS = {
-    "step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20, "kernels": 1, "scan": 10, "lengths": 10,
+    "step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20, "kernels": 1, "scan": 10,
+    "lengths": 10,
 }  # fmt: skip
 LENGTHS = (512, 1024, 2048, 4096)
 SHAPE = {  # option: (its setting, the value where neither option nor environment has one; --against has none of these)
