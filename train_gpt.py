@@ -617,7 +617,7 @@ def is_sequential(model: LanguageModel) -> bool:
 
 def carries(model: LanguageModel, plan: ScorePlan) -> bool:
     """Whether windows are scored as one text: a row of a batch goes on from the state of the row before it."""
-    return plan.carry and plan.stride == plan.seq_len and model.carry(False)
+    return plan.carry and plan.stride == plan.seq_len and model.can_carry
 
 
 def score_stream(
@@ -628,7 +628,9 @@ def score_stream(
     result = np.zeros(max(0, num_targets), dtype=np.float32)
     if num_targets < 1:
         return result
-    alone, carried = is_sequential(model), carries(model, plan) and model.carry(True)
+    alone, carried = is_sequential(model), carries(model, plan)
+    if carried:
+        model.carry(True)
     rows = 1 if alone else score_rows(plan, batch_tokens, machine.device)
     # Not on CPU: a compiled sum may differ in its last bits from that of a process that does not compile.
     compiled = machine.compile and (machine.device.type == "cuda" or machine.quick_score) and not alone

@@ -364,12 +364,13 @@ class LanguageModel(nn.Module):
     def observe(self, target_ids: Tensor) -> None:
         """Test-time training: told targets (1, T) once their scores are given away. Makes scoring sequential."""
 
-    def carry(self, on: bool) -> bool:
-        """On: from now on a row continues the one before it, across batches, the first from nothing. Off: none does.
-
-        Returns whether the model has a state that rows can hand on at all.
-        """
+    @property
+    def can_carry(self) -> bool:
+        """Whether there is a state that rows can hand on: carry does something."""
         return False
+
+    def carry(self, on: bool) -> None:
+        """On: from now on a row continues the one before it, across batches, the first from nothing. Off: none does."""
 
     def folded(self) -> "LanguageModel":
         """The model to store: this one, or a smaller one with equal logits that its own config rebuilds.

@@ -242,11 +242,16 @@ class Model(LanguageModel):
         mixers = [made[letter](self.config) for letter in self.config.mixers(layer_idx)]
         return Sum(*mixers) if len(mixers) > 1 else mixers[0]
 
-    def carry(self, on: bool) -> bool:
-        """On: from now on a row continues the one before it, across batches, the first from nothing. Off: none does."""
-        recurrent = [module for module in self.modules() if isinstance(module, Recurrent)]
-        for module in recurrent:
+    @property
+    def recurrent(self) -> list[Recurrent]:
+        return [module for module in self.modules() if isinstance(module, Recurrent)]
+
+    @property
+    def can_carry(self) -> bool:
+        return bool(self.recurrent)
+
+    def carry(self, on: bool) -> None:
+        for module in self.recurrent:
             module.carrying = on
             module.state.zero_()
             module.tail.zero_()
-        return bool(recurrent)

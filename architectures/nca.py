@@ -107,18 +107,15 @@ class NeighbourAttention(CausalSelfAttention):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.neighbours = config.nca_neighbours
+        self.distance, self.neighbours = 1, config.nca_neighbours
 
     def forward(self, x: Tensor, distance: int) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees t, t - distance, t - 2 distance ..."""
-        B, T, D = x.shape
-        q = self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, K)
-        k = self.key(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        v = self.value(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        q, k = self.rotary(rms_norm(q)), self.rotary(rms_norm(k))
-        q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = neighbour_attention(q, k, v, distance, self.neighbours)
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+        self.distance = distance
+        return super().forward(x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return neighbour_attention(q, k, v, self.distance, self.neighbours)
 
 
 class Rule(Block):
