@@ -1,5 +1,6 @@
 """A study: what its file may say, which runs follow from it, that they are done once, and what a step costs."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import pytest
 from conftest import ROOT, TINY, result_of, run_script
 
 from tools.ablate import main as ablate
-from tools.costs import forward_flops, peak_megabytes, stored_bytes
+from tools.costs import forward_flops, make_stepper, peak_megabytes, stored_bytes
+from tools.study import runner
 from tools.study.design import Design
-from tools.study.measure import make_stepper, measure
+from tools.study.measure import measure
 from tools.study.ngrams import ngram_bpb
-from tools.study.plan import load_study
+from tools.study.plan import Run, load_study
 from tools.study.runner import train_bpb
 
 STUDY = """
@@ -239,6 +241,23 @@ def test_a_study_runs_what_is_missing_and_goes_on_where_it_was(write, capsys, mo
     again = json.loads((folder / "runs" / f"{gone}.json").read_text())
     assert changed == [gone] and again["val_bpb"] == rows[gone]["val_bpb"]
     assert again["code_sha256"] != rows[gone]["code_sha256"]  # it ran the code of the study, not that of the kit
+
+
+def test_a_run_that_another_process_has_comes_last_and_is_not_done_twice(tmp_path, monkeypatch):
+    runs, did, told = [Run("gpt", seed, "text", {"SEED": str(seed)}) for seed in (1, 2)], [], []
+    (tmp_path / f"{runs[0].key}.lock").touch()
+    other = (tmp_path / f"{runs[0].key}.lock").open()
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def do_run(run: Run, folder: Path, *_) -> dict:
+        did.append(run.seed)
+        runner.result_path(runs[0], folder).write_text("{}")  # the other process ends meanwhile
+        other.close()
+        return {"val_bpb": 1.0, "steps": 1}
+
+    monkeypatch.setattr(runner, "do_run", do_run)
+    assert runner.do_missing(runs, tmp_path, tmp_path, lambda run, said: told.append((run.seed, said))) == []
+    assert did == [2] and told == [(2, "1.0000 bits per byte in 1 steps"), (1, "is there")]
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(write, capsys):

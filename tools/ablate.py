@@ -6,9 +6,10 @@
     python -m tools.ablate records/studies/wikitext2/study.toml --list      what would be run
 
 tools/study/plan.py says what may stand in the file. A study that was stopped goes on where it was, and with the code
-that it began with: code/ has a packed script of each architecture. Beside study.toml it writes runs/, logs/, measures/,
-plan.json, runs.csv, results.md, results_table.tex, statistics_summary.json, significance_tests.json, figures/ and
-README.md. Artifacts stay in runs/studies/, which git ignores.
+that it began with: code/ has a packed script of each architecture. Processes beside each other share the runs. Beside
+study.toml it writes runs/, logs/, measures/, plan.json, runs.csv, results.md, results_table.tex,
+statistics_summary.json, significance_tests.json, figures/ and README.md. Artifacts stay in runs/studies/, which git
+ignores.
 """
 
 import argparse

@@ -1,13 +1,15 @@
 """Does the runs of a study that are missing, one at a time on a CPU and one per GPU, and files each as JSON and log."""
 
+import fcntl
 import json
 import os
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -115,24 +117,39 @@ def do_run(run: Run, folder: Path, scratch: Path, gpu: int | None = None) -> dic
     return row
 
 
+@contextmanager
+def claimed(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether the lock at path is this process's own for the while; it is free again when its owner ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def do_missing(runs: list[Run], folder: Path, scratch: Path, tell: Callable[[Run, str], None]) -> list[str]:
     """Do the runs that are not filed yet, in their order; what failed, in words. A failure does not stop the others."""
-    for name in ("runs", "logs"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in (folder / "runs", folder / "logs", scratch):
+        path.mkdir(parents=True, exist_ok=True)
     free: queue.Queue = queue.Queue()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else [None]
     for gpu in gpus:
         free.put(gpu)
-    failures, lock = [], threading.Lock()
+    failures, elsewhere, lock = [], [], threading.Lock()
 
-    def work(run: Run) -> None:
+    def work(run: Run, wait: bool = False) -> None:
         gpu = free.get()
         try:
-            if result_path(run, folder).is_file():  # done meanwhile by another process
-                tell(run, "is there")
-                return
-            row = do_run(run, folder, scratch, gpu)
-            tell(run, f"{row['val_bpb']:.4f} bits per byte in {row['steps']} steps")
+            with claimed(scratch / f"{run.key}.lock", wait) as mine:
+                if not mine:  # another process has it: last of all, see what became of it
+                    elsewhere.append(run)
+                elif result_path(run, folder).is_file():
+                    tell(run, "is there")
+                else:
+                    row = do_run(run, folder, scratch, gpu)
+                    tell(run, f"{row['val_bpb']:.4f} bits per byte in {row['steps']} steps")
         except (RunFailed, ValueError, OSError) as error:
             with lock:
                 failures.append(f"{run.key}: {error}")
@@ -142,4 +159,6 @@ def do_missing(runs: list[Run], folder: Path, scratch: Path, tell: Callable[[Run
 
     with ThreadPoolExecutor(len(gpus)) as pool:
         list(pool.map(work, runs))
+    for run in elsewhere:
+        work(run, wait=True)
     return failures
