@@ -219,6 +219,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", dest="DATA_PATH", metavar="FOLDER", help="for cap and --against")
     parser.add_argument("--documents", type=Path, metavar="JSONL", help="for prepare; default Python's documentation")
     parser.add_argument("--out", type=Path, default=ROOT / "records" / "benchmarks", metavar="FOLDER")
+    parser.add_argument("--name", default="", metavar="WORD", help="put into the file's name: another table of that part")
     parser.add_argument("--vocab", dest="VOCAB_SIZE", metavar="N", help="default that of the data, or 1024")
     for option, (name, value) in SHAPE.items():
         parser.add_argument(option, dest=name, metavar="X", help=f"{name}; default {value}")
@@ -238,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         hardware = hardware_name(Machine(pick_device(env.get("DEVICE"))))
         machine = dict(hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version())
         head = dict(part=part, date=time.strftime("%Y-%m-%d"), machine=machine, torch=torch.__version__)
-        path = options.out / f"{part}_{re.sub('[^a-z0-9]+', '_', hardware.lower()).strip('_')}.json"
+        words = re.sub("[^a-z0-9]+", "_", f"{options.name} {hardware}".lower()).strip("_")
+        path = options.out / f"{part}_{words}.json"
 
         def save(found: dict) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
