@@ -118,7 +118,8 @@ def test_lengths_set_every_length_beside_the_one_before(tmp_path, monkeypatch):
     for name, value in (SHAPE | {"COMPILE": "0", "BF16": "0", "SSM_PATTERN": "m"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(bench, "LENGTHS", (8, 64, 128))
-    assert bench.main(["lengths", "--arch", "mamba", "--rounds", "3", "--name", "of Mamba", "--out", str(tmp_path)]) == 0
+    options = ["--arch", "mamba", "--rounds", "3", "--name", "of Mamba", "--out", str(tmp_path)]
+    assert bench.main(["lengths", *options]) == 0
     found = json.loads(next(tmp_path.glob("lengths_of_mamba_*.json")).read_text())
     shorter, longer = (found["raw_seconds_per_step"][name] for name in ("64", "128"))
     assert [row["what"] for row in found["rows"]] == ["8", "64", "128"] and found["settings"]["ssm_pattern"] == "m"

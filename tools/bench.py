@@ -219,7 +219,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", dest="DATA_PATH", metavar="FOLDER", help="for cap and --against")
     parser.add_argument("--documents", type=Path, metavar="JSONL", help="for prepare; default Python's documentation")
     parser.add_argument("--out", type=Path, default=ROOT / "records" / "benchmarks", metavar="FOLDER")
-    parser.add_argument("--name", default="", metavar="WORD", help="put into the file's name: another table of that part")
+    parser.add_argument("--name", default="", metavar="WORD", help="part of the file's name, for a second table")
     parser.add_argument("--vocab", dest="VOCAB_SIZE", metavar="N", help="default that of the data, or 1024")
     for option, (name, value) in SHAPE.items():
         parser.add_argument(option, dest=name, metavar="X", help=f"{name}; default {value}")
