@@ -1497,9 +1497,9 @@ def micro_batch_count(run: RunConfig, model_config: ModelConfig, machine: Machin
     if limit is None:
         # Upstream's logs: 155 kB a token at 9 layers x 512; fp32 logits are kept about three times over.
         token_bytes = 34 * model_config.num_layers * model_config.model_dim + 12 * model_config.vocab_size
-        if machine.device.type == "cpu" and machine.compile and machine.dtype == torch.bfloat16:
-            # The weights that blocked attention keeps.
-            token_bytes += model_config.num_layers * model_config.num_heads * min(T, MAX_BLOCKED_SEQ_LEN)
+        blocked = machine.device.type == "cpu" and machine.compile and machine.dtype == torch.bfloat16
+        if blocked and T <= MAX_BLOCKED_SEQ_LEN:  # the weights that blocked attention keeps
+            token_bytes += model_config.num_layers * model_config.num_heads * T
         memory = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else 8 << 30
         limit = max(T, int(0.6 * memory / token_bytes))
     rows = rank_tokens // T

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from architectures.kernels.cross_entropy import MAX_SOFTCAP, softcapped_cross_entropy
 
-MAX_BLOCKED_SEQ_LEN = 1024  # of blocked attention: what it keeps for backward grows with T^2
+MAX_BLOCKED_SEQ_LEN = 1536  # of blocked attention, 1024 and room for pauses: what it keeps for backward grows with T^2
 FUSED_VOCAB_SIZE = 4096  # from here on the streamed loss beats what torch.compile makes of the plain one
 
 

@@ -105,7 +105,7 @@ def test_a_step_is_timed_in_its_condition_after_one_that_is_not_counted(monkeypa
             lambda *_: seen.append(layers.MAX_BLOCKED_SEQ_LEN) or torch.zeros(()), None, [0], condition
         )
         stepper.lap(2), stepper.lap(2)
-    assert seen == [1024] * 5 + [0] * 5 + [1024] * 5
+    assert seen == [layers.MAX_BLOCKED_SEQ_LEN] * 5 + [0] * 5 + [layers.MAX_BLOCKED_SEQ_LEN] * 5
 
 
 def test_step_refuses_to_compare_two_different_steps(monkeypatch):

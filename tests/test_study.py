@@ -200,6 +200,8 @@ def test_a_group_s_own_settings_win_over_what_tuning_found(write):
     first = {group.name: design.arm_runs(group, group.arms[0])[1] for group in design.study.groups[:2]}
     rates = {name: run.settings["MATRIX_LR"] for name, run in first.items()}
     assert rates == {"same shape": "0.04", "time": "0.5"}
+    said = [group["arms"][0]["tuned"] for group in design.plan()["groups"][:2]]
+    assert said == [{"MATRIX_LR": 0.04, "TIED_EMBED_LR": 0.05}, {"TIED_EMBED_LR": 0.05}]
 
 
 def test_a_group_of_equal_time_gives_the_faster_model_more_steps(write):

@@ -158,10 +158,12 @@ class Design:
             for arm in group.arms:
                 runs = self.arm_runs(group, arm)
                 settings = runs[study.seeds[0]].settings if runs else arm.settings
+                tuned = self.tuned(arm.tuned_as) or {}
                 measured = self.measure_path(group, arm)
                 arms.append({
                     "name": arm.name, "arch": arm.arch, "settings": {k: v for k, v in settings.items() if k != "SEED"},
-                    "tuned": self.tuned(arm.tuned_as) or {}, "runs": {str(seed): run.key for seed, run in runs.items()},
+                    "tuned": {k: v for k, v in tuned.items() if k.upper() not in group.settings},
+                    "runs": {str(seed): run.key for seed, run in runs.items()},
                     "measure": measured.stem, "published": group.published.get(arm.name),
                 })  # fmt: skip
             head = {"name": group.name, "question": group.question, "budget": self.budget_words(group)}
