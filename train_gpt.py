@@ -831,7 +831,6 @@ class Optimizers:
         self.adam = torch.optim.Adam(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
         self.muon = Muon(groups["matrix"], run, machine)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.by_adam = [p for group in adam for p in group["params"] if p.requires_grad]
         self.average: list[Tensor] = []
 
     def exchange(self, report: Tensor) -> Tensor:
@@ -842,11 +841,11 @@ class Optimizers:
             if p.grad is None:  # outside this step's graph: a switch not yet flipped
                 p.grad = torch.zeros_like(p)
         if self.muon.machine.world_size > 1:
-            sizes = [*(p.numel() for p in self.by_adam), len(report)]
-            flat = torch.cat([*(p.grad.reshape(-1) for p in self.by_adam), report])
+            params = [p for group in self.adam.param_groups for p in group["params"]]
+            flat = torch.cat([*(p.grad.reshape(-1) for p in params), report])
             self.muon.machine.begin_mean(flat)()
-            *grads, report = flat.split(sizes)
-            for p, grad in zip(self.by_adam, grads, strict=True):
+            *grads, report = flat.split([*(p.numel() for p in params), len(report)])
+            for p, grad in zip(params, grads, strict=True):
                 p.grad = grad.view_as(p)
         self.muon.collect()
         return report

@@ -200,6 +200,11 @@ def test_a_group_s_own_settings_win_over_what_tuning_found(write):
     first = {group.name: design.arm_runs(group, group.arms[0])[1] for group in design.study.groups[:2]}
     rates = {name: run.settings["MATRIX_LR"] for name, run in first.items()}
     assert rates == {"same shape": "0.04", "time": "0.5"}
+    own = MORE.replace('"Does time matter?"', '"?"\nsettings = {TI_FEAT = "table"}')
+    group = load_study(write(own)).groups[1]  # what is varied wins over what the group sets
+    assert [arm.settings["TI_FEAT"] for arm in group.arms] == ["table", "const", "fourier"]
+    varied = [Design(load_study(write(own))).arm_runs(group, arm)[1].settings["TI_FEAT"] for arm in group.arms]
+    assert varied == ["table", "const", "fourier"]
     said = [group["arms"][0]["tuned"] for group in design.plan()["groups"][:2]]
     assert said == [{"MATRIX_LR": 0.04, "TIED_EMBED_LR": 0.05}, {"TIED_EMBED_LR": 0.05}]
 

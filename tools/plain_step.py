@@ -208,7 +208,6 @@ def kit_stepper(
     model.choose_kernels(len(batches[0]) // micro_batches, machine.compile, machine.sum)
     trainer = Trainer(model, run, machine, micro_batches)
 
-
     def step(batch: Tensor, number: int) -> Tensor:
         return trainer.train_step(batch, number, 1.0, lambda: [0.0, 0.0, 0.0])[0]
 

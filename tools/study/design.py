@@ -48,6 +48,11 @@ class Design:
             return None
         return min(tried, key=lambda pair: pair[1]["val_bpb"])[0] if tried else {}
 
+    def tuned_in(self, group: Group, arm: Arm) -> dict | None:
+        """What tuning gives the arm in this group: all but what the group sets itself; None until it is done."""
+        tuned = self.tuned(arm.tuned_as)
+        return tuned and {key: value for key, value in tuned.items() if key.upper() not in group.settings}
+
     def budget_settings(self, group: Group, arm: Arm) -> dict[str, str] | None:
         """What the group's budget makes of the arm; None while a step time is missing."""
         budget = group.budget
@@ -103,11 +108,10 @@ class Design:
 
     def seeded_runs(self, group: Group, arm: Arm) -> dict[int, Run]:
         """The run of every seed of the study; empty while they are not known."""
-        tuned, budget = self.tuned(arm.tuned_as), self.budget_settings(group, arm)
+        tuned, budget = self.tuned_in(group, arm), self.budget_settings(group, arm)
         if tuned is None or budget is None:
             return {}
-        tuned = {key.upper(): spelled(value) for key, value in tuned.items()}
-        settings = arm.settings | tuned | group.settings | budget
+        settings = arm.settings | {key.upper(): spelled(value) for key, value in tuned.items()} | budget
         return {
             seed: Run(arm.arch, seed, group.data, settings | {"SEED": str(seed)}, group.train_score)
             for seed in self.study.seeds
@@ -158,11 +162,10 @@ class Design:
             for arm in group.arms:
                 runs = self.arm_runs(group, arm)
                 settings = runs[study.seeds[0]].settings if runs else arm.settings
-                tuned = self.tuned(arm.tuned_as) or {}
                 measured = self.measure_path(group, arm)
                 arms.append({
                     "name": arm.name, "arch": arm.arch, "settings": {k: v for k, v in settings.items() if k != "SEED"},
-                    "tuned": {k: v for k, v in tuned.items() if k.upper() not in group.settings},
+                    "tuned": self.tuned_in(group, arm) or {},
                     "runs": {str(seed): run.key for seed, run in runs.items()},
                     "measure": measured.stem, "published": group.published.get(arm.name),
                 })  # fmt: skip
