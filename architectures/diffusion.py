@@ -129,6 +129,25 @@ def hashed(ids: Tensor) -> tuple[Tensor, Tensor]:
     return mixed(rows[:, None] ^ place), mixed(rows.sum() % 2**32) / 2**32
 
 
+def counts_at(levels: Tensor, b: int) -> Tensor:
+    """Of b targets the masked ones, 1 to b, equally likely for levels that are uniform between 0 and 1."""
+    return (levels * b).long().clamp(max=b - 1) + 1
+
+
+def mask_counts(blocks: int, b: int, phase: Tensor) -> Tensor:
+    """How many of each block's b targets are masked, (blocks,): one level in each of so many parts of 0 to 1.
+
+    The last block's count and the first's add up to b + 1, and so on inwards: if blocks is even, the sum is fixed.
+    """
+    low = counts_at((torch.arange(-(-blocks // 2), device=phase.device) + phase) / blocks, b)
+    return torch.cat((low, b + 1 - low[: blocks // 2].flip(0)))
+
+
+def most_masked(blocks: int, b: int) -> int:
+    """The most that mask_counts can add up to."""
+    return blocks // 2 * (b + 1) + blocks % 2 * b
+
+
 class Model(LanguageModel):
     def __init__(self, config: Config):
         self.streams = Streams(config.diff_block)
@@ -189,50 +208,59 @@ class Model(LanguageModel):
                 out[:, first - start :: block] = x[-B:, first::block]
         return out
 
-    def draw(self, keys: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The masked targets, bool (B, N, b), first in the order of keys (B, T); how many, 1 to b, by levels (B, N)."""
-        b = self.config.diff_block or keys.size(1)
-        keys = keys.view(*levels.shape, b)
-        count = (levels * b).long().clamp(max=b - 1) + 1
-        chosen = torch.arange(b, device=keys.device) < count[..., None]
-        return torch.zeros_like(chosen).scatter(2, keys.argsort(dim=2), chosen), count
+    def draw(self, keys: Tensor, count: Tensor) -> Tensor:
+        """The masked targets, bool (B, N, b): of each block as many as count (B, N) says, first in the order of keys
+        (B, T)."""
+        keys = keys.view(*count.shape, -1)
+        chosen = torch.arange(keys.size(2), device=keys.device) < count[..., None]
+        return torch.zeros_like(chosen).scatter(2, keys.argsort(dim=2), chosen)
 
-    def nats_under(self, masked: Tensor, input_ids: Tensor, target_ids: Tensor, clean: bool = False) -> Tensor:
-        """fp32 nats (B or 2 B, T) by the denoiser under masked (B, N, b), behind those by the causal head if asked for
-        or if there are blocks."""
+    def under(self, masked: Tensor, input_ids: Tensor, clean: bool = False) -> Tensor:
+        """Normed activations (B or 2 B, T, D) of the noisy rows under masked (B, N, b), behind those of the clean rows,
+        if asked for or if there are blocks."""
         _, N, b = masked.shape
         hidden = F.pad(masked[..., :-1], (1, 0)).flatten(1)  # slot i holds the target before the one it predicts
         t = masked.float().mean(dim=2)
-        x = self.denoised(input_ids, hidden, t if N == 1 else t.repeat_interleave(b, dim=1), clean or N > 1)
-        logits = self.head_logits(x, self.head_weight)
-        targets = target_ids.repeat(len(x) // len(target_ids), 1)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return self.denoised(input_ids, hidden, t if N == 1 else t.repeat_interleave(b, dim=1), clean or N > 1)
+
+    def nats_of(self, x: Tensor, target_ids: Tensor) -> Tensor:
+        """-ln p of target_ids (M) by the head on activations x (M, D), fp32 (M)."""
+        return F.cross_entropy(self.head_logits(x, self.head_weight), target_ids, reduction="none")
+
+    def nats_under(self, masked: Tensor, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """fp32 nats (B, T) by the denoiser under masked (B, N, b), of visible targets too."""
+        x = self.under(masked, input_ids)[-len(input_ids) :]
+        return self.nats_of(x.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
 
     def training_loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """w mean nats of the causal head + (1 - w) mean weighted nats of the denoiser, stratified over t."""
         if not self.denoising:
             return super().training_loss(input_ids, target_ids)
         w, (B, T) = self.config.diff_ar_weight, input_ids.shape
-        N = T // (self.config.diff_block or T)
+        b = self.config.diff_block or T
         keys, phase = hashed(input_ids)
-        levels = (torch.arange(B * N, device=keys.device).view(B, N) + phase) / (B * N)
-        masked, count = self.draw(keys, levels)
-        nats = self.nats_under(masked, input_ids, target_ids, clean=w > 0)
-        weight = masked / (count[..., None] * (B * N) if self.config.diff_weighting == "elbo" else count.sum())
-        loss = (1 - w) * (weight * nats[-B:].view_as(masked)).sum()
-        return loss + w * nats[:B].mean() if w else loss
+        count = mask_counts(B * T // b, b, phase).view(B, -1)
+        masked = self.draw(keys, count)
+        weight = masked / (count[..., None] * count.numel() if self.config.diff_weighting == "elbo" else count.sum())
+        x = self.under(masked, input_ids, clean=w > 0)
+        # Only a masked target has a loss: the head reads their slots alone, about half of them.
+        slots = masked.flatten().logical_not().byte().argsort(stable=True)[: most_masked(count.numel(), b)]
+        noisy = self.nats_of(x[-B:].flatten(0, 1)[slots], target_ids.flatten()[slots])
+        loss = (1 - w) * (weight.flatten()[slots] * noisy).sum()
+        return loss + w * self.nats_of(x[:B].flatten(0, 1), target_ids.flatten()).mean() if w else loss
 
     @torch.no_grad()
     def nelbo(self, input_ids: Tensor, target_ids: Tensor, samples: int, generator: torch.Generator) -> Tensor:
         """Unbiased estimates of the NELBO of each row in nats, fp64 (B,), from so many masks, stratified over t."""
         B, T = input_ids.shape
-        N = T // (self.config.diff_block or T)
+        b = self.config.diff_block or T
         total = torch.zeros(B, dtype=torch.float64, device=input_ids.device)
         for sample in range(samples):
-            keys, levels = (torch.rand(B, n, generator=generator, device=input_ids.device) for n in (T, N))
-            masked, count = self.draw(keys, (sample + levels) / samples)
-            nats = self.nats_under(masked, input_ids, target_ids)[-B:].view_as(masked).double()
-            total += ((nats * masked).sum(2) * (T // N) / count).sum(1)
+            keys, levels = (torch.rand(B, n, generator=generator, device=input_ids.device) for n in (T, T // b))
+            count = counts_at((sample + levels) / samples, b)
+            masked = self.draw(keys, count)
+            nats = self.nats_under(masked, input_ids, target_ids).view_as(masked).double()
+            total += ((nats * masked).sum(2) * b / count).sum(1)
         return total / samples
 
     @torch.no_grad()

@@ -109,7 +109,7 @@ def test_a_step_is_timed_in_its_condition_after_one_that_is_not_counted(monkeypa
 
 
 def test_step_refuses_to_compare_two_different_steps(monkeypatch):
-    monkeypatch.setattr("tools.plain_step.newton_schulz", lambda matrix, steps, polynomial: 100 * matrix.sign())
+    monkeypatch.setattr("train_gpt.orthogonalize", lambda matrix, steps, polynomial: 100 * matrix.sign())
     with pytest.raises(ValueError, match="is another step"):
         measure_step(*read_settings(SHAPE | {"COMPILE": "0", "BF16": "0"}), rounds=1)
 

@@ -9,7 +9,7 @@ from test_architectures import CPU, shake, some_tokens, tiny
 from torch import Tensor
 
 import train_gpt
-from architectures.diffusion import Config, Model, Streams, hashed
+from architectures.diffusion import Config, Model, Streams, hashed, mask_counts, most_masked
 from architectures.layers import LanguageModel, ModelConfig
 
 CHAIN, BLOCK = dict(diff_eval="chain"), dict(diff_eval="block", diff_block=4)
@@ -44,7 +44,7 @@ def nats_by_masks(model: Model, x: Tensor, y: Tensor, block: int = 0) -> Found:
         if any(mask):
             masked = torch.zeros(len(x), x.size(1) // b, b, dtype=torch.bool)
             masked[:, block] = torch.tensor(mask)
-            found[mask] = model.nats_under(masked, x, y)[-len(x) :, block * b : (block + 1) * b].double()
+            found[mask] = model.nats_under(masked, x, y)[:, block * b : (block + 1) * b].double()
     return found
 
 
@@ -147,11 +147,11 @@ def test_masked_tokens_are_hidden_and_visible_ones_are_not(settings):
     model, x, b = shaken(**settings), some_tokens(1, 17), settings.get("diff_block", 16)
     inputs, targets, block = x[:, :-1], x[:, 1:], torch.arange(16) // b
     masked = torch.rand(1, 16 // b, b, generator=torch.Generator().manual_seed(3)) < 0.5
-    before = model.nats_under(masked, inputs, targets)[-1]
+    before = model.nats_under(masked, inputs, targets)[0]
     for i in range(15):
         other = inputs.clone()
         other[0, i + 1] = (other[0, i + 1] + 7) % 260  # the token of target i
-        moved = (model.nats_under(masked, other, targets)[-1] - before).abs() > 1e-5
+        moved = (model.nats_under(masked, other, targets)[0] - before).abs() > 1e-5
         shown = not masked.flatten()[i] and (i + 1) % b > 0  # the last target of a block has no slot
         assert moved[block < i // b].sum() == 0
         assert moved[block == i // b].all() if shown else not moved[block == i // b].any()
@@ -192,7 +192,7 @@ def test_the_chain_masks_what_it_has_not_yet_predicted(settings):
     for i in range(16):
         masked = torch.zeros(2, 16 // b, b, dtype=torch.bool)
         masked[..., i % b :] = True
-        there = model.nats_under(masked, x[:, :-1], x[:, 1:])[-2:, i]
+        there = model.nats_under(masked, x[:, :-1], x[:, 1:])[:, i]
         torch.testing.assert_close(nats[:, i], there, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.nats(x[:, :-1], x[:, 1:], 6), nats[:, 6:], atol=1e-5, rtol=1e-5)
 
@@ -207,19 +207,31 @@ def test_a_text_scored_by_the_denoiser_has_a_score_per_target_that_later_tokens_
     assert np.array_equal(nats[:39], other[:39]) and not np.array_equal(nats[39:48], other[39:])
 
 
+@pytest.mark.parametrize("rows", [1, 5, 6])
 @pytest.mark.parametrize("settings", [{}, dict(diff_block=8), dict(diff_weighting="flat", diff_ar_weight=0.2)], ids=str)
-def test_the_training_loss_is_its_equation(settings):
-    model, x = shaken(**settings), some_tokens(6, 65)
+def test_the_training_loss_is_its_equation(settings, rows):
+    model, x = shaken(**settings), some_tokens(rows, 65)
     inputs, targets, w, b = x[:, :-1], x[:, 1:], model.config.diff_ar_weight, model.config.diff_block or 64
     (keys, phase), N = hashed(inputs), 64 // b
-    masked, _ = model.draw(keys, (torch.arange(6 * N).view(6, N) + phase) / (6 * N))
-    nats = model.nats_under(masked, inputs, targets)[-6:].view(6, N, b)
-    cells = [nats[r, n][masked[r, n]] for r in range(6) for n in range(N)]
+    masked = model.draw(keys, mask_counts(rows * N, b, phase).view(rows, N))
+    nats = model.nats_under(masked, inputs, targets).view(rows, N, b)
+    cells = [nats[r, n][masked[r, n]] for r in range(rows) for n in range(N)]
     # 1/t over the T targets is 1 / (T t): the mean over those that are masked.
     expected = torch.stack([cell.mean() for cell in cells]).mean() if w == 0.5 else torch.cat(cells).mean()
     causal = gpt_of(model).nats(inputs, targets).mean()
     loss = w * causal + (1 - w) * expected
-    assert model(inputs, targets).item() == pytest.approx(loss.item(), abs=1e-5) and abs(causal - expected) > 0.01
+    assert model(inputs, targets).item() == pytest.approx(loss.item(), abs=1e-5) and abs(causal - expected) > 1e-3
+
+
+@pytest.mark.parametrize(("blocks", "b"), [(1, 4), (2, 4), (5, 4), (8, 3), (6, 64)])
+def test_masks_are_as_many_in_every_batch_and_every_number_of_them_is_equally_likely(blocks, b):
+    phases = (torch.arange(240) + 0.5) / 240
+    counts = torch.stack([mask_counts(blocks, b, phase) for phase in phases])  # (240, blocks)
+    assert set(counts.flatten().tolist()) == set(range(1, b + 1))
+    each = counts.flatten().bincount(minlength=b + 1)[1:] / counts.numel()
+    torch.testing.assert_close(each, torch.full((b,), 1 / b), atol=2 / 240, rtol=0)
+    fixed = counts.sum(1).unique().tolist() == [most_masked(blocks, b)]
+    assert fixed or (blocks % 2 and counts.sum(1).max() <= most_masked(blocks, b))
 
 
 def test_masks_follow_from_the_batch_alone_and_are_spread_evenly():
@@ -227,7 +239,8 @@ def test_masks_follow_from_the_batch_alone_and_are_spread_evenly():
     share, phases = torch.zeros(T), []
     for ids in torch.randint(260, (batches, rows, T), generator=torch.Generator().manual_seed(0)):
         keys, phase = hashed(ids)
-        masked, count = model.draw(keys, (torch.arange(rows)[:, None] + phase) / rows)
+        count = mask_counts(rows, T, phase)[:, None]
+        masked = model.draw(keys, count)
         assert torch.equal(masked.sum(2), count) and count.flatten().tolist() == list(range(1, T + 1))
         share += masked.float().mean(dim=(0, 1)) / batches
         phases.append(float(phase))

@@ -61,3 +61,13 @@ def test_long_contexts_and_scoring_keep_the_kernel_that_keeps_nothing(blocked_ca
     with torch.set_grad_enabled(grads):
         torch.compile(layers.causal_attention, dynamic=False)(*inputs((1, 2, 2, length, 8), torch.bfloat16))
     assert not blocked_calls
+
+
+def test_layers_of_blocked_attention_share_a_compiled_graph(blocked_calls):
+    def layers_of(q, k, v):
+        return layers.causal_attention(layers.causal_attention(q, k, v), k, v)
+
+    y = torch.compile(layers_of, fullgraph=True, dynamic=False, backend="aot_eager")(*inputs(SHAPES[1], torch.bfloat16))
+    want = layers_of(*inputs(SHAPES[1], torch.float32))
+    torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
+    assert len(blocked_calls) == 2

@@ -1,14 +1,18 @@
-"""The training step as one first writes it, and the kit's step measured against it inside one process.
+"""The training step as one first writes it, and the kit's step measured in turns with it.
 
 PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz per matrix, torch.optim.Adam. It shares
-the model with train_gpt.py and nothing of the step, so the step is also tested against it.
+the model with train_gpt.py and nothing of the step, so the step is also tested against it. It is timed in a process of
+its own: train_gpt.py sets the C library's allocator, and what that holds would serve both.
 """
 
 import ctypes
 import math
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import ClassVar
 
@@ -157,6 +161,10 @@ def with_pytorch_s_attention() -> None:
     layers.MAX_BLOCKED_SEQ_LEN = 0
 
 
+def as_it_is() -> None:
+    """The process as PyTorch finds it."""
+
+
 class Stepper:
     """A step with its own model, timed, in a condition of the process; from (batch, number of the step) to the loss."""
 
@@ -222,6 +230,53 @@ def chosen_machine(run: RunConfig) -> Machine:
     return machine
 
 
+def serve_plain(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, micro_batches: int) -> None:
+    """Take steps and laps of a PlainStep as asked for, until None is."""
+    Model, _ = load_architecture(arch)
+    device = make_machine(run).device
+    model = build(Model, config, run, device)
+    step = Stepper(PlainStep(model, run, micro_batches), model, random_batches(run, config, device), as_it_is)
+    torch.manual_seed(run.seed)
+    for method, steps in iter(pipe.recv, None):
+        pipe.send(getattr(step, method)(steps))
+
+
+class Elsewhere:
+    """The Stepper of serve_plain, which another process holds."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe = pipe
+
+    def ask(self, method: str, steps: int) -> float:
+        try:
+            self.pipe.send((method, steps))
+            return self.pipe.recv()
+        except (EOFError, BrokenPipeError):
+            raise ValueError("the process of the plain step ended; its last words are above") from None
+
+    def take(self, steps: int) -> float:
+        return self.ask("take", steps)
+
+    def lap(self, steps: int) -> float:
+        return self.ask("lap", steps)
+
+
+@contextmanager
+def plain_elsewhere(arch: str, run: RunConfig, config: ModelConfig, micro_batches: int) -> Iterator[Elsewhere]:
+    """A PlainStep in a process of its own, for the while."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve_plain, args=(there, arch, run, config, micro_batches), daemon=True)
+    process.start()
+    there.close()
+    try:
+        yield Elsewhere(here)
+    finally:
+        here.close()
+        process.terminate()
+        process.join()
+
+
 def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, tuple[Machine, int, Callable]]:
     """(machine, micro-batches, condition) by name: each choice alone, then together, then the kit's without one or
     otherwise. BF16=0 and COMPILE=0 leave theirs out."""
@@ -243,11 +298,17 @@ def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str
 
 def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) -> dict:
     """Tokens per second of the kit's step, and of each of its choices alone, against PlainStep on the same batches."""
-    Model, _ = load_architecture(arch)
     chosen = chosen_machine(run)
-    count, batches = micro_batch_count(run, config, chosen), random_batches(run, config, chosen.device)
-    model = build(Model, config, run, chosen.device)
-    plain = Stepper(PlainStep(model, run, count), model, batches, with_memory_handed_back)
+    count = micro_batch_count(run, config, chosen)
+    with plain_elsewhere(arch, run, config, count) as plain:
+        return measure_beside(plain, arch, run, config, rounds, chosen, count)
+
+
+def measure_beside(
+    plain: Elsewhere, arch: str, run: RunConfig, config: ModelConfig, rounds: int, chosen: Machine, count: int
+) -> dict:
+    """measure_step, beside that plain step; count: its micro-batches, and those of the machine that was chosen."""
+    (Model, _), batches = load_architecture(arch), random_batches(run, config, chosen.device)
     steppers, tolerances = {"plain": plain}, {"plain": 0.0}
     for name, (machine, parts, condition) in variants(run, chosen, count, len(batches[0])).items():
         steppers[name] = kit_stepper(build(Model, config, run, chosen.device), run, machine, parts, batches, condition)
@@ -259,8 +320,8 @@ def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) ->
         losses[name] = [stepper.take(1)]
         first_seconds[name] = time.perf_counter() - start
         losses[name].append(stepper.take(1))  # the loss after a step: the optimizers are to agree as well
-        for mine, plain in zip(losses[name], losses["plain"], strict=True):
-            if not math.isclose(mine, plain, rel_tol=tolerances[name]):
+        for mine, theirs in zip(losses[name], losses["plain"], strict=True):
+            if not math.isclose(mine, theirs, rel_tol=tolerances[name]):
                 raise ValueError(f"{name} is another step: losses {losses[name]}, the plain one's {losses['plain']}")
     steps = max(1, round(LAP_SECONDS / steppers["plain"].lap(2)))
     seconds = interleave({name: lambda s=s: s.lap(steps) for name, s in steppers.items()}, rounds)
@@ -269,7 +330,7 @@ def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) ->
         name, speed = row["what"], 1000 * run.train_batch_tokens / row["median_ms"]
         rows.append(row | dict(tokens_per_second=speed, first_seconds=first_seconds[name], first_loss=losses[name][0]))
     notes = [
-        "plain: the C library's allocator as a program finds it; the rest: as train_gpt.py sets it, or handed back",
+        "plain: in a process of its own, as PyTorch finds it; the rest: as train_gpt.py sets its process, or otherwise",
         f"n rounds of {steps} step(s); first_seconds: the first call, compilation included; (kit): its choice",
         f"before and after a step the losses are the plain one's within {FP32_TOLERANCE}, bf16 within {BF16_TOLERANCE}",
     ]
