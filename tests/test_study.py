@@ -181,6 +181,51 @@ def test_arms_far_from_the_baseline_have_one_seed_and_the_close_ones_more(write)
         assert counts() == wanted
 
 
+CLAIM = """
+[[claims]]
+claim = "?"
+group = "time"
+arm = "{}"
+against = "{}"
+metric = "val_bpb"
+expect = "lower"
+"""
+
+
+@pytest.mark.parametrize("names", [("const", "table"), ("table", "const")])
+def test_of_the_arms_of_a_claim_one_has_more_seeds_and_where_they_are_close_both(write, names):
+    seeds = "seeds = {first = 1, close = 2, within = 0.05}"
+    more = MORE.replace("budget = {steps = 4}", f"budget = {{steps = 4}}\n{seeds}", 1)
+    more = more.replace('["const", "fourier"]', '["const", "table", "shuffle"]')
+    design = Design(load_study(write(more + CLAIM.format(*(f"ti_mlp TI_FEAT={name}" for name in names)))))
+    tune_all(design)
+    group = design.study.groups[1]
+    first = [2, 1] if names[0] == "const" else [1, 2]
+    for scores, wanted in (
+        ([2.0, 2.5, 2.2, 2.5], [2, *first, 1]),
+        ([2.0, 2.5, 2.51, 2.5], [2, 2, 2, 1]),
+        ([2.0, 2.5, 2.01, 2.5], [2, 1, 2, 1]),
+    ):
+        for one, score in zip(group.arms, scores, strict=True):
+            file_row(design, design.arm_runs(group, one)[1], val_bpb=score)
+        assert [len(design.arm_runs(group, one)) for one in group.arms] == wanted
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('group = "time"', 'group = "tome"', 'names the group "tome"'),
+        ('arm = "ti_mlp"', 'arm = "gpt"', 'names "gpt", which is none of the arms of group "time"'),
+        ('metric = "val_bpb"\n', "", "lacks metric"),
+    ],
+)
+def test_a_claim_about_what_is_not_there_is_refused_before_anything_runs(write, old, new, said):
+    claim = CLAIM.format("ti_mlp", "ti_mlp TI_FEAT=const")
+    assert old in claim
+    with pytest.raises(ValueError, match=said):
+        load_study(write(MORE + claim.replace(old, new)))
+
+
 def test_a_group_of_equal_bytes_narrows_the_larger_model(write):
     design = Design(load_study(write(MORE)))
     tune_all(design)

@@ -97,14 +97,37 @@ class Design:
         runs = self.seeded_runs(group, arm)
         if group.seeds is None or arm.name == group.baseline or not runs:
             return runs
-        first = self.study.seeds[: group.seeds["first"]]
-        base = self.seeded_runs(group, next(arm for arm in group.arms if arm.name == group.baseline))
-        pairs = [(self.row(runs[seed]), self.row(base[seed]) if base else None) for seed in first]
-        done = all(mine and theirs and mine["val_bpb"] is not None for mine, theirs in pairs)
-        gap = sum(mine["val_bpb"] - theirs["val_bpb"] for mine, theirs in pairs) / len(first) if done else math.inf
-        near = gap < group.seeds["within"] or arm.name in group.seeds.get("more", [])
-        count = group.seeds["close" if near else "first"]
+        count = group.seeds["close" if self.is_near(group, arm) or self.is_claimed(group, arm) else "first"]
         return {seed: runs[seed] for seed in self.study.seeds[:count]}
+
+    def is_near(self, group: Group, arm: Arm) -> bool:
+        """Whether the arm is close to the baseline or better, or has more seeds in any case."""
+        base = next(one for one in group.arms if one.name == group.baseline)
+        return arm.name in group.seeds.get("more", []) or self.first_gap(group, arm, base) < group.seeds["within"]
+
+    def is_claimed(self, group: Group, arm: Arm) -> bool:
+        """Whether a claim sets the arm beside another that is close to it, or that has one seed: a test needs two."""
+        by_name = {one.name: one for one in group.arms if one.name != group.baseline}
+        for claim in self.study.claims:
+            pair = claim["arm"], claim["against"]
+            if claim["group"] != group.name or arm.name not in pair or not by_name.keys() >= set(pair):
+                continue
+            other = by_name[pair[pair[0] == arm.name]]
+            gap = abs(self.first_gap(group, arm, other))
+            alone = arm.name == pair[0] and gap < math.inf and not self.is_near(group, other)
+            if alone or gap < group.seeds["within"]:
+                return True
+        return False
+
+    def first_gap(self, group: Group, arm: Arm, other: Arm) -> float:
+        """By how many bits per byte the arm is worse on the first seeds than the other; inf until they are done."""
+        mine, theirs = self.seeded_runs(group, arm), self.seeded_runs(group, other)
+        if not mine or not theirs:
+            return math.inf
+        pairs = [(self.row(mine[seed]), self.row(theirs[seed])) for seed in self.study.seeds[: group.seeds["first"]]]
+        if not all(a and b and a["val_bpb"] is not None for a, b in pairs):
+            return math.inf
+        return sum(a["val_bpb"] - b["val_bpb"] for a, b in pairs) / len(pairs)
 
     def seeded_runs(self, group: Group, arm: Arm) -> dict[int, Run]:
         """The run of every seed of the study; empty while they are not known."""

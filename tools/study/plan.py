@@ -23,7 +23,8 @@ settings = {MATRIX_LR = 0.002}    optional: of this group's runs, whatever tunin
 vary = {TI_FEAT = ["const"]}      optional: a copy of each arm (but the baseline) for every combination
 seeds = {first = 1, close = 3, within = 0.05}   optional: each arm is run with the first seed, those within so many
                                   bits per byte of the baseline on it with three (more = ["...", ...]: these
-                                  too), the baseline with all
+                                  too), the baseline with all; of two arms of a claim both if they are as close
+                                  to each other, else one
 budget = {steps = 200}            or {seconds = 600}: by the clock; or {steps = 200, clock_of = "gpt"}: the steps
                                   that fit into the time of 200 of gpt's; or {steps = 200, bytes_of = "ti_mlp"}:
                                   at the width (MODEL_DIM) whose artifact is as large
@@ -166,6 +167,15 @@ def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
     )  # fmt: skip
 
 
+def check_claim(claim: dict, groups: list[Group], where: str) -> None:
+    need(claim, ("claim", "group", "arm", "against", "metric", "expect"), where)
+    arms = {group.name: [arm.name for arm in group.arms] for group in groups}
+    if claim["group"] not in arms:
+        raise ValueError(f'{where} names the group "{claim["group"]}"; there are {list(arms)}')
+    if unknown := [claim[side] for side in ("arm", "against") if claim[side] not in arms[claim["group"]]]:
+        raise ValueError(f'{where} names "{unknown[0]}", which is none of the arms of group "{claim["group"]}"')
+
+
 def load_study(path: Path) -> Study:
     """The study that a study.toml describes; ValueError says what is wrong with it."""
     try:
@@ -185,6 +195,8 @@ def load_study(path: Path) -> Study:
     if unknown := [arm.tuned_as for arm in arms.values() if arm.tuned_as not in tuned]:
         raise ValueError(f'{path}: tuned_as = "{unknown[0]}" must name one of [arms] that is tuned itself')
     groups = [read_group(group, arms, table["data"]) for group in table["group"]]
+    for claim in table.get("claims", []):
+        check_claim(claim, groups, f'{path}: claim "{claim.get("claim", "?")}"')
     names = [group.name for group in groups]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two groups have one name: {names}")
