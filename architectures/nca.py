@@ -185,7 +185,7 @@ class Model(GeneratedStack):
 
     @property
     def num_skips(self) -> int:
-        return super().num_skips if self.config.nca_mode == "weights" else 0
+        return len(self.blocks) // 2 if self.config.nca_mode == "weights" else 0
 
     def backbone(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D): the automaton over tokens, or the stack that the one over weights has made."""

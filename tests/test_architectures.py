@@ -187,6 +187,22 @@ def test_compiles_without_graph_breaks(name):
 
 
 @every_architecture
+def test_every_mode_compiles_without_graph_breaks(name):
+    broken, x = [], some_tokens(2, 65)
+    for f in dataclasses.fields(load_architecture(name)[1]):
+        if not isinstance(f.default, str):
+            continue
+        torch._dynamo.reset()
+        model = tiny(name, **{f.name: f.metadata["other"]})
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+        try:
+            compiled(x[:, :-1].contiguous(), x[:, 1:].contiguous())
+        except torch._dynamo.exc.Unsupported as error:
+            broken.append(f"{f.name}={f.metadata['other']}: {str(error).splitlines()[0]}")
+    assert broken == []
+
+
+@every_architecture
 def test_packs_into_one_file_that_compiles(name):
     source = pack.flatten(name)
     compile(source, name, "exec")

@@ -51,8 +51,9 @@ def do_runs(design: Design, only: list[str] | None) -> list[str]:
     return failures
 
 
-def measure_missing(design: Design, rounds: int, only: Collection[str] | None = None) -> None:
-    """File what a step of each arm costs, group by group, unless it is there."""
+def measure_missing(design: Design, rounds: int, only: Collection[str] | None = None) -> list[str]:
+    """File what a step of each arm costs, group by group, unless it is there; what failed."""
+    failures: list[str] = []
     for group in design.study.groups:
         if only is not None and group.name not in only:
             continue
@@ -61,9 +62,10 @@ def measure_missing(design: Design, rounds: int, only: Collection[str] | None = 
         if all(path.is_file() for path in paths.values()):
             continue
         arms = {arm.name: (arm.arch, design.measured_settings(group, arm)) for arm in own}
-        for name, costs in measure(arms, group.baseline, rounds).items():
+        for name, costs in measure(arms, group.baseline, rounds, failures.append).items():
             paths[name].parent.mkdir(parents=True, exist_ok=True)
             save_atomically(paths[name], json.dumps(asdict(costs), indent=1).encode() + b"\n")
+    return failures
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f'no group is named "{unknown.pop()}"; there are {[group.name for group in study.groups]}')
         design, failures = Design(study), []
         if options.measure:
-            measure_missing(design, options.rounds, options.group)
+            failures = measure_missing(design, options.rounds, options.group)
         elif options.list:
             for run in [*design.tuning(), *design.runs(options.group)]:
                 done = result_path(run, study.folder).is_file()
@@ -90,16 +92,16 @@ def main(argv: list[str] | None = None) -> int:
         elif not options.report:
             failures = do_all(design.tuning(), design, "tuning")
             if not failures:
-                measure_missing(design, options.rounds, design.clocks(options.group))
+                failures += measure_missing(design, options.rounds, design.clocks(options.group))
                 failures += do_runs(design, options.group)
-            measure_missing(design, options.rounds, options.group)
+            failures += measure_missing(design, options.rounds, options.group)
         save_atomically(study.folder / "plan.json", json.dumps(design.plan(), indent=1).encode() + b"\n")
         for path in write_report(study.folder):
             print(f"written: {path}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for failure in failures:
+    for failure in dict.fromkeys(failures):
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
 

@@ -1,5 +1,6 @@
 """What a training step of an arm costs: time in turns with the baseline, memory, floating-point operations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -25,10 +26,22 @@ class Costs:
     torch: str
 
 
-def measure(arms: dict[str, tuple[str, dict[str, str]]], baseline: str, rounds: int) -> dict[str, Costs]:
-    """The costs of every arm, (architecture, settings) by name; each takes turns with the baseline."""
-    steppers = {name: make_stepper(arch, settings) for name, (arch, settings) in arms.items()}
-    laps: dict[str, list[float]] = {name: [] for name in arms}
+def measure(
+    arms: dict[str, tuple[str, dict[str, str]]], baseline: str, rounds: int, failed: Callable[[str], None]
+) -> dict[str, Costs]:
+    """The costs of every arm, (architecture, settings) by name; each takes turns with the baseline.
+
+    An arm that takes no step is left out, and failed is told of it in words; without the baseline nothing is measured.
+    """
+    steppers = {}
+    for name, (arch, settings) in arms.items():
+        try:
+            steppers[name] = make_stepper(arch, settings)
+        except Exception as error:  # whatever it is, it must not cost the others their numbers
+            failed(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+    if baseline not in steppers:
+        return {}
+    laps: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(rounds):
         for name, stepper in steppers.items():
             laps[name].append(stepper.lap(LAP_STEPS))
