@@ -218,6 +218,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+LATER_KEYS: dict[tuple[int, int], Tensor] = {}
 MAX_BLOCKED_SEQ_LEN = 1536  # of blocked attention, 1024 and room for pauses: what it keeps for backward grows with T^2
 FUSED_VOCAB_SIZE = 4096  # from here on the streamed loss beats what torch.compile makes of the plain one
 
@@ -349,25 +350,79 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     """The same, by matrix products of blocks of queries with the keys that they see, for a compiled bf16 step on CPU.
 
-    The sums of values are divided by the sums of weights, not the weights, which saves a pass over those in each
-    direction. Unnormalised weights are kept for backward: H S bytes per token if causal, else twice that.
+    Keeps for backward, beside its arguments and result, H S bytes of weights per token if causal, else twice that.
     """
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     q = (q * K**-0.5).reshape(B * G, H // G, T, K)  # the heads that share keys side by side
     k, v = k.reshape(B * G, S, K), v.reshape(B * G, S, -1)
-    parts, rows = [], min(T, max(128, -(-T // 8)))
-    bias = later_keys(rows, T) if is_causal else None
-    for start in range(0, T, rows):
-        end = min(T, start + rows)
-        seen = end if is_causal else S
-        scores = torch.bmm(q[:, :, start:end].reshape(B * G, -1, K), k[:, :seen].mT)
-        scores = scores.view(B * G, H // G, end - start, seen).float()
-        if bias is not None:
-            scores = scores + bias[start - end :, T - end :]
-        weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
-        read = torch.bmm(weights.to(v.dtype).view(B * G, -1, seen), v[:, :seen]).view(B * G, H // G, end - start, -1)
-        parts.append((read.float() / weights.sum(-1, keepdim=True)).to(v.dtype))
-    return torch.cat(parts, dim=2).view(B, H, T, -1)
+    bias = later_keys(block_rows(T), T) if is_causal else None
+    return BlockedAttention.apply(q, k, v, bias).view(B, H, T, -1)
+
+
+def block_rows(T: int) -> int:
+    """Queries of a block: enough to fill a matrix product, few enough that a causal one sees few keys in vain."""
+    return min(T, max(128, -(-T // 8)))
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Attention of scaled q (N, R, T, K) over k, v (N, S, K): R heads with the same keys. bias: later_keys, or None.
+
+    With w = exp(scores - max) rounded to q's dtype and s = sum_j w_j, both ways go by w alone, not w / s: what is read
+    is y = (w v) / s, the gradients of scores and values w (dy v^T - dy y^T) / s and w^T (dy / s). Written out, for
+    derived from the forward pass it reads the scores again, and fills every block's gradient up to the whole.
+    """
+
+    @staticmethod
+    def blocks(T: int, S: int, is_causal: bool) -> list[tuple[int, int, int]]:
+        """(first query, last query + 1, keys seen) of every block."""
+        rows = block_rows(T)
+        ends = [min(T, start + rows) for start in range(0, T, rows)]
+        return [(start, end, end if is_causal else S) for start, end in zip(range(0, T, rows), ends, strict=True)]
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        N, R, T, K = q.shape
+        ctx.blocks = BlockedAttention.blocks(T, k.size(1), bias is not None)
+        parts, kept = [], []
+        for start, end, seen in ctx.blocks:
+            scores = torch.bmm(q[:, :, start:end].reshape(N, -1, K), k[:, :seen].mT)
+            scores = scores.view(N, R, end - start, seen).float()
+            if bias is not None:
+                scores = scores + bias[start - end :, T - end :]
+            weights = (scores - scores.amax(-1, keepdim=True)).exp().to(v.dtype)
+            total = weights.sum(-1, keepdim=True, dtype=torch.float32)
+            read = torch.bmm(weights.view(N, -1, seen), v[:, :seen]).view(N, R, end - start, -1)
+            parts.append((read / total).to(v.dtype))
+            kept += weights, total
+        y = torch.cat(parts, dim=2)
+        ctx.save_for_backward(q, k, v, y, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, *kept = ctx.saved_tensors
+        N, R, _, K = q.shape
+        along = (dy.float() * y.float()).sum(-1, keepdim=True)  # (N, R, T, 1)
+        dq, dk, dv = [], [], []
+        for (start, end, seen), weights, total in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
+            dread = (dy[:, :, start:end] / total).to(v.dtype).reshape(N, -1, v.size(-1))
+            dweights = torch.bmm(dread, v[:, :seen].mT).view_as(weights)
+            dscores = (weights * (dweights - along[:, :, start:end] / total)).to(q.dtype).view(N, -1, seen)
+            dq.append(torch.bmm(dscores, k[:, :seen]).view(N, R, end - start, K))
+            dk.append(torch.bmm(dscores.mT, q[:, :, start:end].reshape(N, -1, K)))
+            dv.append(torch.bmm(weights.view(N, -1, seen).mT, dread))
+        return torch.cat(dq, dim=2), sum_of_blocks(dk), sum_of_blocks(dv), None
+
+
+def sum_of_blocks(parts: list[Tensor]) -> Tensor:
+    """The sum of parts (N, n, K) that are no shorter than the part before, where zeros follow the shorter ones."""
+    begins = [0, *(part.size(1) for part in parts[:-1])]
+    columns = [
+        sum(part[:, begin : own.size(1)] for part in parts[i:])
+        for i, (begin, own) in enumerate(zip(begins, parts, strict=True))
+        if begin < own.size(1)
+    ]
+    return torch.cat(columns, dim=1)
 
 
 @torch.compiler.assume_constant_result  # computed inside the graph it would be made anew, slowly, in every softmax
@@ -376,7 +431,9 @@ def later_keys(rows: int, T: int) -> Tensor:
 
     Without its first n columns it is right for the queries n earlier.
     """
-    return torch.full((rows, T), -torch.inf).triu(T - rows + 1)
+    if (rows, T) not in LATER_KEYS:  # one tensor for all layers: a graph takes each of its constants once
+        LATER_KEYS[rows, T] = torch.full((rows, T), -torch.inf).triu(T - rows + 1)
+    return LATER_KEYS[rows, T]
 
 
 def short_conv(x: Tensor, taps: Tensor, before: Tensor | None = None) -> Tensor:
@@ -518,9 +575,9 @@ class LanguageModel(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def head_logits(self, x: Tensor, head: Tensor) -> Tensor:
-        """Softcapped fp32 logits (B, T, V) of what head_inputs gives."""
-        logits = F.linear(x, head.to(x.dtype)).float()
-        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        """Softcapped fp32 logits (B, T, V) of what head_inputs gives: c tanh(x / c), by the faster sigmoid."""
+        softcap, logits = self.config.logit_softcap, F.linear(x, head.to(x.dtype)).float()
+        return 2 * softcap * torch.sigmoid(2 / softcap * logits) - softcap
 
     def logits(self, input_ids: Tensor, start: int = 0) -> Tensor:
         """fp32 logits (B, T - start, V) of the positions from `start` on: the scored path."""
