@@ -279,8 +279,10 @@ def test_a_study_runs_what_is_missing_and_goes_on_where_it_was(write, capsys, mo
     logs = [(folder / row["log"]).read_text() for row in rows.values()]
     assert len(logs) == 8 and all('"num_layers": 2' in log and '"quant_bits": 8' in log for log in logs)
     assert (folder / "README.md").is_file() and (folder / "results_table.tex").is_file()
-    costs = [json.loads(p.read_text()) for p in (folder / "measures").glob("*.json")]
-    assert len(costs) == 2 and all(cost["step_ms"] > 0 for cost in costs)
+    costs = {p: p.read_text() for p in (folder / "measures").glob("*.json")}
+    assert len(costs) == 2 and all(json.loads(text)["step_ms"] > 0 for text in costs.values())
+    lost = next(p for p in costs if p.stem.startswith("ti_mlp"))
+    lost.unlink()
     assert sorted(path.stem for path in (folder / "code").iterdir()) == ["gpt", "ti_mlp"]
     assert [row["gates"] is None for row in rows.values()] == [row["arch"] == "gpt" for row in rows.values()]
     (folder / "code" / "gpt.py").write_text((folder / "code" / "gpt.py").read_text() + "# the study's own\n")
@@ -294,6 +296,7 @@ def test_a_study_runs_what_is_missing_and_goes_on_where_it_was(write, capsys, mo
     again = json.loads((folder / "runs" / f"{gone}.json").read_text())
     assert changed == [gone] and again["val_bpb"] == rows[gone]["val_bpb"]
     assert again["code_sha256"] != rows[gone]["code_sha256"]  # it ran the code of the study, not that of the kit
+    assert [p for p, text in costs.items() if p.read_text() != text] == [lost]  # the baseline's is what it was
 
 
 def test_a_run_that_another_process_has_comes_last_and_is_not_done_twice(tmp_path, monkeypatch):
