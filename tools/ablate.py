@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="measure step times alone; wants a quiet machine")
     parser.add_argument("--list", action="store_true", help="print the runs and whether they are done")
     parser.add_argument("--group", action="append", help="only this group (repeatable)")
-    parser.add_argument("--rounds", type=int, default=10, help="of timing (default 10)")
+    parser.add_argument("--rounds", type=int, default=30, help="of timing (default 30)")
     options = parser.parse_args(argv)
     try:
         study = load_study(options.study)
