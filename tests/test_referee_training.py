@@ -172,7 +172,8 @@ SMOKE = {
                        "a fresh process does not score with the model.bin that it stored: it ended with status 2"),
     "links its model to another file": (
         lambda s: swap(s, EXPORT, EXPORT + "    os.symlink('/etc/hostname', folder / 'model.bin')\n").replace(
-            'store(folder / "model.bin"', 'store(folder / "weights.bin"'), "it stored no model.bin"),
+            'store(folder / "model.bin"', 'store(folder / "weights.bin"'),
+        "it stored no model.bin|write /etc/hostname"),  # the second without bubblewrap
 }
 
 
@@ -180,7 +181,8 @@ SMOKE = {
 def test_the_smoke_run_reports_a_script_that(by_steps, data, tmp_path, what):
     change, words = SMOKE[what]
     found = problems(doctored(by_steps, tmp_path, change), data, "P15")
-    assert words in found and ("to start 'wget'" in found) == (what == "downloads")
+    assert any(word in found for word in words.split("|"))
+    assert ("to start 'wget'" in found) == (what == "downloads")
 
 
 def test_the_replay_catches_a_log_of_another_learning_rate(by_steps, data, tmp_path):
