@@ -171,9 +171,8 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def blocks(T: int, S: int, is_causal: bool) -> list[tuple[int, int, int]]:
         """(first query, last query + 1, keys seen) of every block."""
-        rows = block_rows(T)
-        ends = [min(T, start + rows) for start in range(0, T, rows)]
-        return [(start, end, end if is_causal else S) for start, end in zip(range(0, T, rows), ends, strict=True)]
+        starts = [*range(0, T, block_rows(T))]
+        return [(start, end, end if is_causal else S) for start, end in zip(starts, [*starts[1:], T], strict=True)]
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -173,7 +173,7 @@ SMOKE = {
     "links its model to another file": (
         lambda s: swap(s, EXPORT, EXPORT + "    os.symlink('/etc/hostname', folder / 'model.bin')\n").replace(
             'store(folder / "model.bin"', 'store(folder / "weights.bin"'),
-        "it stored no model.bin|write /etc/hostname"),  # the second without bubblewrap
+        "it stored no model.bin" if sandbox.bubblewrap_works() else "write /etc/hostname"),
 }
 
 
@@ -181,8 +181,7 @@ SMOKE = {
 def test_the_smoke_run_reports_a_script_that(by_steps, data, tmp_path, what):
     change, words = SMOKE[what]
     found = problems(doctored(by_steps, tmp_path, change), data, "P15")
-    assert any(word in found for word in words.split("|"))
-    assert ("to start 'wget'" in found) == (what == "downloads")
+    assert words in found and ("to start 'wget'" in found) == (what == "downloads")
 
 
 def test_the_replay_catches_a_log_of_another_learning_rate(by_steps, data, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from test_record import change_result, filed_record
 
 from tools import pack, verify
+from tools.referee import sandbox
 from tools.referee.rules import PARTS, RULES
 
 SERVER = """
@@ -200,7 +201,7 @@ MISBEHAVIOUR = {
     "answers nonsense": ("print('nonsense')", "not a JSON object"),
     "links its scores elsewhere": (
         "os.symlink('/etc/hostname', request['nats']); print('{}', flush=True); continue",
-        "wrote no scores|write /etc/hostname",  # the second without bubblewrap
+        "wrote no scores" if sandbox.bubblewrap_works() else "write /etc/hostname",
     ),
     "takes all memory": ("np.empty(20 << 27)", "MemoryError"),
     "scores at random": ("nats = np.random.rand(len(nats))", "scored twice"),
@@ -214,8 +215,7 @@ def test_verify_reports_a_script_that(copy, data, what):
     body, words = MISBEHAVIOUR[what]
     (copy / "train_gpt.py").write_text(SERVER.format(body=body))
     rule = "P20" if what in ("scores at random", "claims another score") else "P04"
-    found = problems(copy, data, rule, seconds=1.0 if what == "hangs" else 30.0)
-    assert any(word in found for word in words.split("|"))
+    assert words in problems(copy, data, rule, seconds=1.0 if what == "hangs" else 30.0)
 
 
 FORESIGHT = {

@@ -94,10 +94,13 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         elif not options.report:
             failures = do_all(design.tuning(), design, "tuning")
+            others = {group.name for group in study.groups if not options.group or group.name in options.group}
             if not failures:
-                failures += measure_missing(design, options.rounds, design.clocks(options.group))
+                clocks = design.clocks(options.group)
+                failures += measure_missing(design, options.rounds, clocks)
                 failures += do_runs(design, options.group)
-            failures += measure_missing(design, options.rounds, options.group)
+                others -= clocks  # an arm that took no step takes none now
+            failures += measure_missing(design, options.rounds, others)
         save_atomically(study.folder / "plan.json", json.dumps(design.plan(), indent=1).encode() + b"\n")
         for path in write_report(study.folder):
             print(f"written: {path}")

@@ -231,13 +231,14 @@ def chosen_machine(run: RunConfig) -> Machine:
 
 
 def serve_plain(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, micro_batches: int) -> None:
-    """Take steps and laps of a PlainStep as asked for, until None is."""
+    """Take steps and laps of a PlainStep as asked for, until the process is ended."""
     Model, _ = load_architecture(arch)
-    device = make_machine(run).device
+    device = make_machine(replace(run, bf16=False)).device  # no race of number formats: this step's is fp32
     model = build(Model, config, run, device)
     step = Stepper(PlainStep(model, run, micro_batches), model, random_batches(run, config, device), as_it_is)
     torch.manual_seed(run.seed)
-    for method, steps in iter(pipe.recv, None):
+    while True:
+        method, steps = pipe.recv()
         pipe.send(getattr(step, method)(steps))
 
 
@@ -272,9 +273,9 @@ def plain_elsewhere(arch: str, run: RunConfig, config: ModelConfig, micro_batche
     try:
         yield Elsewhere(here)
     finally:
-        here.close()
         process.terminate()
         process.join()
+        here.close()
 
 
 def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, tuple[Machine, int, Callable]]:
@@ -298,33 +299,27 @@ def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str
 
 def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) -> dict:
     """Tokens per second of the kit's step, and of each of its choices alone, against PlainStep on the same batches."""
-    chosen = chosen_machine(run)
-    count = micro_batch_count(run, config, chosen)
+    (Model, _), chosen = load_architecture(arch), chosen_machine(run)
+    count, batches = micro_batch_count(run, config, chosen), random_batches(run, config, chosen.device)
     with plain_elsewhere(arch, run, config, count) as plain:
-        return measure_beside(plain, arch, run, config, rounds, chosen, count)
-
-
-def measure_beside(
-    plain: Elsewhere, arch: str, run: RunConfig, config: ModelConfig, rounds: int, chosen: Machine, count: int
-) -> dict:
-    """measure_step, beside that plain step; count: its micro-batches, and those of the machine that was chosen."""
-    (Model, _), batches = load_architecture(arch), random_batches(run, config, chosen.device)
-    steppers, tolerances = {"plain": plain}, {"plain": 0.0}
-    for name, (machine, parts, condition) in variants(run, chosen, count, len(batches[0])).items():
-        steppers[name] = kit_stepper(build(Model, config, run, chosen.device), run, machine, parts, batches, condition)
-        tolerances[name] = FP32_TOLERANCE if machine.dtype == torch.float32 else BF16_TOLERANCE
-    first_seconds, losses = {}, {}
-    for name, stepper in steppers.items():
-        torch.manual_seed(run.seed)
-        start = time.perf_counter()
-        losses[name] = [stepper.take(1)]
-        first_seconds[name] = time.perf_counter() - start
-        losses[name].append(stepper.take(1))  # the loss after a step: the optimizers are to agree as well
-        for mine, theirs in zip(losses[name], losses["plain"], strict=True):
-            if not math.isclose(mine, theirs, rel_tol=tolerances[name]):
-                raise ValueError(f"{name} is another step: losses {losses[name]}, the plain one's {losses['plain']}")
-    steps = max(1, round(LAP_SECONDS / steppers["plain"].lap(2)))
-    seconds = interleave({name: lambda s=s: s.lap(steps) for name, s in steppers.items()}, rounds)
+        steppers, tolerances = {"plain": plain}, {"plain": 0.0}
+        for name, (machine, parts, condition) in variants(run, chosen, count, len(batches[0])).items():
+            model = build(Model, config, run, chosen.device)
+            steppers[name] = kit_stepper(model, run, machine, parts, batches, condition)
+            tolerances[name] = FP32_TOLERANCE if machine.dtype == torch.float32 else BF16_TOLERANCE
+        first_seconds, losses = {}, {}
+        for name, stepper in steppers.items():
+            torch.manual_seed(run.seed)
+            start = time.perf_counter()
+            losses[name] = [stepper.take(1)]
+            first_seconds[name] = time.perf_counter() - start
+            losses[name].append(stepper.take(1))  # the loss after a step: the optimizers are to agree as well
+            for mine, theirs in zip(losses[name], losses["plain"], strict=True):
+                if not math.isclose(mine, theirs, rel_tol=tolerances[name]):
+                    said = f"losses {losses[name]}, the plain one's {losses['plain']}"
+                    raise ValueError(f"{name} is another step: {said}")
+        steps = max(1, round(LAP_SECONDS / plain.lap(2)))
+        seconds = interleave({name: lambda s=s: s.lap(steps) for name, s in steppers.items()}, rounds)
     rows = []
     for row in compare(seconds, "plain"):
         name, speed = row["what"], 1000 * run.train_batch_tokens / row["median_ms"]

@@ -60,8 +60,7 @@ class Design:
             return {"MAX_WALLCLOCK_SECONDS": str(budget["seconds"]), "SCHEDULE": "time"}
         by_steps = {"MAX_WALLCLOCK_SECONDS": "0", "SCHEDULE": "steps"}
         if "clock_of" in budget:
-            clock = next(one for one in group.arms if one.name == budget["clock_of"])
-            paths = [self.measure_path(group, one) for one in (clock, arm)]
+            paths = [self.measure_path(group, one) for one in (group.arm(budget["clock_of"]), arm)]
             if not all(path.is_file() for path in paths):
                 return None
             costs = [json.loads(path.read_text()) for path in paths]
@@ -102,19 +101,18 @@ class Design:
 
     def is_near(self, group: Group, arm: Arm) -> bool:
         """Whether the arm is close to the baseline or better, or has more seeds in any case."""
-        base = next(one for one in group.arms if one.name == group.baseline)
-        return arm.name in group.seeds.get("more", []) or self.first_gap(group, arm, base) < group.seeds["within"]
+        gap = self.first_gap(group, arm, group.arm(group.baseline))
+        return arm.name in group.seeds.get("more", []) or gap < group.seeds["within"]
 
     def is_claimed(self, group: Group, arm: Arm) -> bool:
         """Whether a claim sets the arm beside another that is close to it, or that has one seed: a test needs two."""
-        by_name = {one.name: one for one in group.arms if one.name != group.baseline}
         for claim in self.study.claims:
-            pair = claim["arm"], claim["against"]
-            if claim["group"] != group.name or arm.name not in pair or not by_name.keys() >= set(pair):
+            pair = [claim["arm"], claim["against"]]
+            if claim["group"] != group.name or arm.name not in pair or group.baseline in pair:
                 continue
-            other = by_name[pair[pair[0] == arm.name]]
+            other = group.arm(pair[1 - pair.index(arm.name)])
             gap = abs(self.first_gap(group, arm, other))
-            alone = arm.name == pair[0] and gap < math.inf and not self.is_near(group, other)
+            alone = arm.name == claim["arm"] and gap < math.inf and not self.is_near(group, other)
             if alone or gap < group.seeds["within"]:
                 return True
         return False
@@ -162,8 +160,7 @@ class Design:
     def measure_path(self, group: Group, arm: Arm) -> Path:
         """Where the costs of the arm's step are filed; the name holds what they and the baseline's depend on."""
         group, arm = self.timed(group, arm)
-        base = next(one for one in group.arms if one.name == group.baseline)
-        what = [[one.arch, self.measured_settings(group, one)] for one in (base, arm)]
+        what = [[one.arch, self.measured_settings(group, one)] for one in (group.arm(group.baseline), arm)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         return self.study.folder / "measures" / f"{re.sub('[^a-z0-9]+', '_', arm.name.lower())}_{digest}.json"
 

@@ -7,7 +7,7 @@ from statistics import median
 import torch
 
 from tools.costs import forward_flops, make_stepper, peak_megabytes
-from tools.plain_step import chosen_machine
+from tools.plain_step import chosen_machine, interleave
 from train_gpt import RunConfig, from_env, hardware_name
 
 LAP_STEPS = 1  # short, so that a slow spell of the machine meets every arm of a round
@@ -41,10 +41,7 @@ def measure(
             failed(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
     if baseline not in steppers:
         return {}
-    laps: dict[str, list[float]] = {name: [] for name in steppers}
-    for _ in range(rounds):
-        for name, stepper in steppers.items():
-            laps[name].append(stepper.lap(LAP_STEPS))
+    laps = interleave({name: lambda s=stepper: s.lap(LAP_STEPS) for name, stepper in steppers.items()}, rounds)
     machine = chosen_machine(from_env(RunConfig, arms[baseline][1]))
     found = {}
     for name, stepper in steppers.items():

@@ -71,6 +71,9 @@ class Group:
     seeds: dict | None = None  # first, close, within, more; None: all seeds for all arms
     settings: dict[str, str] = field(default_factory=dict)  # of all its runs, over arms' and tuning's
 
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
 
 @dataclass
 class Study:
