@@ -55,7 +55,7 @@ class Config(ModelConfig):
     d_state: int = 64  # N: key dim of a head; of s4d, numbers that are a channel's state
     d_conv: int = field(default=4, metadata={"other": 2})
     expand: float = 1.0  # width of v over MODEL_DIM
-    chunk_size: int = field(default=64, metadata={"other": 16})  # steps; not of Triton's scan, which has its own
+    chunk_size: int = field(default=64, metadata={"other": 16})  # steps; Triton kernels have their own
 
     def __post_init__(self) -> None:
         super().__post_init__()

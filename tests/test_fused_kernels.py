@@ -1,24 +1,18 @@
 """The fused kernels and their references compute their definitions, forward and backward.
 
-The Triton kernels run in Triton's interpreter, which is chosen before Triton is imported: in one other process, this
-file as a script. There they take the references' place on the CPU. (In bf16 the interpreter multiplies bit patterns,
-so there is nothing to compare.)
+The Triton kernels run in Triton's interpreter, in one other process: this file as a script. There they take the
+references' place on the CPU.
 """
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_tools import run_in_interpreter
 from torch import Tensor
 
 from architectures.kernels import fused_mlp, fused_norm, fused_qk
 
-ROOT = Path(__file__).resolve().parent.parent
 # Sizes that tiles divide, and others.
 NORM_SHAPES = ((1, 37, 48), (2, 5, 100), (5, 130, 512), (3, 1, 3), (4, 700, 20))  # (K, M, D)
 MLP_SHAPES = ((37, 48, 100, 20), (130, 64, 128, 64), (1, 200, 129, 7))  # (M, D, F, width of y)
@@ -149,13 +143,7 @@ def strided_difference() -> float:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, float]:
     """What this file finds when it runs as a script in the interpreter."""
-    if find_spec("triton") is None:
-        pytest.skip("Triton, which these kernels are written in, is not installed")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run_in_interpreter(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,17 +11,17 @@ from tools import gpu_check
 
 def test_kernels_agree_with_float64_and_a_wrong_one_does_not():
     found = gpu_check.parity("cpu", shapes=((1, 130, 1, 2, 16, 32),))
-    assert found["ok"] and len(found["rows"]) == 14 and all(0 < row["worst"] < 0.02 for row in found["rows"])
+    assert found["ok"] and len(found["rows"]) == 16 and all(0 < row["worst"] < 0.02 for row in found["rows"])
     wrong = gpu_check.errors(lambda x: x * 1.1, lambda x: x, [torch.ones(3)])
     assert wrong == {"output": pytest.approx(0.1), "gradient 0": pytest.approx(0.1)}
 
 
 def test_kernels_are_timed_in_turns_with_what_they_replace():
     found = gpu_check.kernels("cpu", tokens=256, lengths=(64, 128), rounds=2)
-    assert [row["what"] for row in found["rows"][:4]] == [
-        "attention T=64", "scan T=64", "attention T=128", "scan T=128",
-    ]  # fmt: skip
-    assert all(row["n"] == 2 and row["min_ms"] > 0 for row in found["rows"]) and len(found["rows"]) == 8
+    assert [row["what"] for row in found["rows"][:6]] == [
+        f"{name} T={T}" for T in (64, 128) for name in ("attention", "scan", "delta")
+    ]
+    assert all(row["n"] == 2 and row["min_ms"] > 0 for row in found["rows"]) and len(found["rows"]) == 10
 
 
 def test_a_long_run_goes_on_between_two_calls(data, tmp_path, monkeypatch):

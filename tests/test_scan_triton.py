@@ -1,20 +1,14 @@
 """The Triton scan equals the definition at sizes that do not fit its tiles; checked in Triton's interpreter, in fp32.
 
-The interpreter is chosen before Triton is imported, so everything that runs a kernel does so in one other process: this
-file as a script. (In bf16 Triton 3.9's interpreter multiplies bit patterns, so there is nothing to compare.)
+Everything that runs a kernel does so in one other process: this file as a script.
 """
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernel_tools import operators_called, run_in_interpreter, watch_costs
 
 if find_spec("triton") is None:
     pytest.skip("Triton, which these kernels are written in, is not installed", allow_module_level=True)
@@ -22,7 +16,6 @@ if find_spec("triton") is None:
 from architectures.kernels import scan_cases, scan_op
 from architectures.kernels.scan import chunked_scan, naive_scan
 
-ROOT = Path(__file__).resolve().parent.parent
 CASES = {  # (T, G, H, N, P, steps of a segment or as planned), steps that are resets
     "one chunk": ((37, 1, 1, 16, 32, None), []),
     "ragged": ((65, 2, 2, 64, 64, None), []),
@@ -82,27 +75,8 @@ def compiled_difference() -> float:
 
 def counted() -> list[list[int]]:
     """Bytes that kernels move and operations of their products, as the interpreter saw and as scan_cases counts."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    found = [0, 0]
-
-    def watch(name: str, cost) -> None:
-        plain = getattr(InterpreterBuilder, name)
-
-        def watched(self, *args):
-            index, amount = cost(*args)
-            found[index] += amount
-            return plain(self, *args)
-
-        setattr(InterpreterBuilder, name, watched)
-
-    watch(
-        "create_masked_load", lambda x, mask, *_: (0, int(mask.data.sum()) * x.get_element_ty().primitive_bitwidth // 8)
-    )
-    watch("create_masked_store", lambda x, value, mask, *_: (0, int(mask.data.sum()) * value.data.itemsize))
-    watch("create_dot", lambda a, b, *_: (1, 2 * a.data.size * b.data.shape[-1]))
     scan_op.MIN_SEGMENT = 32  # four segments
-    outputs(scan_op.triton_scan, inputs(*SHAPE[1:]))
+    found = watch_costs(lambda: outputs(scan_op.triton_scan, inputs(*SHAPE[1:])))
     costs = scan_cases.count(*SHAPE, value_bytes=4)
     del costs["sums"]  # by PyTorch
     bytes_moved = sum(size for size, _ in costs.values())
@@ -121,10 +95,7 @@ def op_checks() -> str:
 @pytest.fixture(scope="module")
 def interpreted() -> dict:
     """What this file finds when it runs as a script in the interpreter."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run_in_interpreter(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -167,18 +138,9 @@ def test_time_is_cut_only_where_heads_leave_multiprocessors_idle(B, T):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_chunked_scan_takes_the_kernels_on_cuda_alone(device):
-    """By shapes only, which needs no GPU."""
-    called = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            called.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    with FakeTensorMode(), Watch():
-        q, k, v = (torch.empty(2, 300, *shape, device=device).bfloat16() for shape in ((1, 64), (1, 64), (8, 48)))
-        y = chunked_scan(q, k, v, torch.empty(2, 300, 8, device=device))
-    assert y.shape == v.shape and y.dtype == v.dtype
+    called = operators_called(
+        chunked_scan, (2, 300, 1, 64), (2, 300, 1, 64), (2, 300, 8, 48), (2, 300, 8), device=device
+    )
     assert ("golf.scan.default" in called) is (device == "cuda")
 
 

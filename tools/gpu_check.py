@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from architectures.kernels.cross_entropy import naive_cross_entropy, softcapped_cross_entropy
+from architectures.kernels.delta import delta_rule, naive_delta_rule
 from architectures.kernels.fused_mlp import naive_relu2_mlp, relu2_mlp
 from architectures.kernels.fused_norm import mix_norm, naive_mix_norm
 from architectures.kernels.fused_qk import naive_qk_norm_rope, qk_norm_rope
@@ -66,6 +67,13 @@ def scan_inputs(B: int, T: int, G: int, H: int, N: int, P: int, dtype: torch.dty
     return [*(x.to(device, dtype) for x in (q, k, v)), log_decay.to(device)]
 
 
+def delta_inputs(B: int, T: int, G: int, H: int, N: int, P: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Those of the scan, with q and k of length 1, and beta."""
+    q, k, v, log_decay = scan_inputs(B, T, G, H, N, P, dtype, device)
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    return [q, k, v, log_decay, torch.rand(B, T, H, generator=torch.Generator().manual_seed(3)).to(device)]
+
+
 def fused_cases(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable, Callable, list[Tensor]]]:
     """By name: a fused kernel and its definition as functions of tensors to one tensor, and inputs."""
     g = torch.Generator().manual_seed(0)
@@ -96,8 +104,11 @@ def parity(device: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> dict:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for shape in shapes:
-            found = errors(chunked_scan, naive_scan, scan_inputs(*shape, dtype, device))
-            rows.append(dict(what=f"scan {shape}", dtype=str(dtype), worst=max(found.values())) | found)
+            for name, scan, definition, inputs in (
+                ("scan", chunked_scan, naive_scan, scan_inputs), ("delta", delta_rule, naive_delta_rule, delta_inputs),
+            ):  # fmt: skip
+                found = errors(scan, definition, inputs(*shape, dtype, device))
+                rows.append(dict(what=f"{name} {shape}", dtype=str(dtype), worst=max(found.values())) | found)
         for M, D, V in ((1000, 512, 1024), (777, 384, 8192), (64, 256, 260)):
             h, w = (torch.randn(n, D, generator=torch.Generator().manual_seed(0)).to(device, dtype) for n in (M, V))
             targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(2)).to(device)
@@ -124,15 +135,17 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 
 def kernels(device: str, tokens: int = 65_536, lengths: tuple[int, ...] = LENGTHS, rounds: int = 20) -> dict:
-    """The scan beside attention, and the cross-entropy beside the plain one, forward and backward, in turns."""
+    """Scan and delta rule beside attention, cross-entropy beside the plain one, forward and backward, in turns."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows, raw = [], {}
     for T in lengths:
-        inputs = [x.requires_grad_() for x in scan_inputs(tokens // T, T, 8, 8, 64, 64, dtype, device)]
+        shape = tokens // T, T, 8, 8, 64, 64, dtype, device
+        scans, deltas = ([x.requires_grad_() for x in inputs(*shape)] for inputs in (scan_inputs, delta_inputs))
         q, k, v = (torch.randn(tokens // T, 8, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
         laps = {
             "attention": lambda q=q, k=k, v=v: torch.autograd.grad(causal_attention(q, k, v).sum(), (q, k, v)),
-            "scan": lambda x=inputs: torch.autograd.grad(chunked_scan(*x).sum(), x),
+            "scan": lambda x=scans: torch.autograd.grad(chunked_scan(*x).sum(), x),
+            "delta": lambda x=deltas: torch.autograd.grad(delta_rule(*x).sum(), x),
         }
         for work in laps.values():
             work()

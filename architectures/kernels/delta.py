@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from architectures.kernels.scan import CHUNK_SIZE, in_chunks
+from architectures.kernels.scan import CHUNK_SIZE, in_chunks, triton_takes
 
 
 def naive_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
@@ -58,8 +58,13 @@ def delta_rule(
 
     With u_t = beta_t (v_t - a_t S_{t-1}^T k_t) every chunk is a scan of k and u; the u of a chunk solve one triangular
     system, in which the state before the chunk stands on the right. log_decay is at most 0. All of it in fp32, for the
-    solve multiplies errors; y (B, T, H, P) in the dtype of v.
+    solve multiplies errors; y (B, T, H, P) in the dtype of v. In bf16 on CUDA, where a key fits a tile, the same is
+    computed by Triton kernels, whose chunks have their own size.
     """
+    if triton_takes(q, k, v) and q.size(-1) <= 64:
+        from architectures.kernels.delta_op import triton_delta_rule
+
+        return triton_delta_rule(q, k, v, log_decay, beta)
     (_, T, H, P), (G, N), Q, dtype = v.shape, q.shape[2:], chunk_size, v.dtype
     q, k = (in_chunks(x.float(), Q).transpose(2, 3)[:, :, :, None] for x in (q, k))  # (B, C, G, 1, Q, N)
     v, beta, log_decay = (

@@ -13,6 +13,11 @@ CHUNK_SIZE = 64
 HAS_TRITON = find_spec("triton") is not None
 
 
+def triton_takes(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels take these: all in bf16, on CUDA."""
+    return HAS_TRITON and all(x.is_cuda and x.dtype == torch.bfloat16 for x in tensors)
+
+
 def naive_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """The definition, one step after another: S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t.
 
@@ -50,7 +55,7 @@ def chunked_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size:
     Within a chunk y = ((q k^T) * decay) v; between chunks the summed states travel. log_decay is at most 0 and fp32.
     In bf16 on CUDA the same is computed by Triton kernels, whose chunks have their own size.
     """
-    if HAS_TRITON and v.is_cuda and q.dtype == k.dtype == v.dtype == torch.bfloat16:
+    if triton_takes(q, k, v):
         from architectures.kernels.scan_op import triton_scan
 
         return triton_scan(q, k, v, log_decay)
