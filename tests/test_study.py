@@ -113,7 +113,7 @@ def tune_all(design: Design) -> None:
         (('baseline = "gpt"', 'baseline = "mla"'), 'baseline "mla" is none of its arms'),
         (("seed = 9", "seed = 2"), "seed 2 is one of the study's; tune on another"),
         (("budget = {steps = 4}", "budget = {epochs = 4}"), "budget .* must be steps or seconds"),
-        (('title = "Two models"', ""), "lacks title"),
+        (('title = "Two models"', ""), "lacks 'title'"),
         (("[tune]", "[tune"), "is not TOML"),
     ],
 )
@@ -215,9 +215,10 @@ def test_of_the_arms_of_a_claim_one_has_more_seeds_and_where_they_are_close_both
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('group = "time"', 'group = "tome"', 'names the group "tome"'),
+        ('group = "time"', 'group = "tome"', "group 'tome' must be one of"),
         ('arm = "ti_mlp"', 'arm = "gpt"', 'names "gpt", which is none of the arms of group "time"'),
-        ('metric = "val_bpb"\n', "", "lacks metric"),
+        ('metric = "val_bpb"', 'metric = "bpb"', "metric 'bpb' must be one of"),
+        ('metric = "val_bpb"\n', "", "lacks 'metric'"),
     ],
 )
 def test_a_claim_about_what_is_not_there_is_refused_before_anything_runs(write, old, new, said):

@@ -183,7 +183,7 @@ def test_published_figures_have_a_column_only_where_there_are_some(folder):
 
 @pytest.mark.parametrize("change, words", [
     (lambda plan: plan["groups"][0].update(baseline="gtp"), 'its baseline "gtp" is none of its arms'),
-    (lambda plan: plan.update(claims=[a_claim("gpt", "gtp", "val_bpb", "lower")]), 'has no arm "gtp"'),
+    (lambda plan: plan.update(claims=[a_claim("gpt", "gtp", "val_bpb", "lower")]), '"gtp", which is none of the arms'),
     (lambda plan: plan.update(claims=[a_claim("gpt", "tong_ode", "bpb", "lower")]), "metric 'bpb' must be one of"),
     (lambda plan: plan.update(claims=[a_claim("gpt", "tong_ode", "params", "ratio")]), "at_least None must be above 0"),
     (lambda plan: plan.pop("groups"), "lacks 'groups'"),

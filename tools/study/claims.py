@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 from tools import significance as sig
 from tools.study.pairs import LEVEL, Pair, compare, holm_of, smallest_effect
-from tools.study.results import METRICS, Arm, Group, Study, need
+from tools.study.results import METRICS, Arm, Group, Study, check_claim
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "not resolved", "not run"
-EXPECTED = ("lower", "higher", "ratio")
 
 
 @dataclass(frozen=True)
@@ -60,20 +59,11 @@ def show(value: float, metric: str, sign: str = "") -> str:
 
 def read_claim(table: dict, study: Study) -> tuple[Finding, Group]:
     """The claim, not yet measured, and its group; ValueError says what is wrong with it."""
-    where = f'{study.folder / "plan.json"}: claim "{table.get("claim", "?")}"'
-    claim, group, arm, against, metric, expect = need(table, "claim group arm against metric expect", where)
-    if metric not in METRICS or expect not in EXPECTED:
-        name, value, known = ("metric", metric, METRICS) if metric not in METRICS else ("expect", expect, EXPECTED)
-        raise ValueError(f"{where}: {name} {value!r} must be one of {', '.join(known)}")
-    if expect == "ratio" and not (table.get("at_least") or 0) > 0:
-        raise ValueError(f"{where}: at_least {table.get('at_least')} must be above 0 for a ratio")
-    found = study.group(group)
-    if found is None:
-        raise ValueError(f'{where}: the plan has no group "{group}"')
-    if unknown := [name for name in (arm, against) if found.arm(name) is None]:
-        raise ValueError(f'{where}: the group "{group}" has no arm "{unknown[0]}"')
-    own = Finding(claim, str(table.get("published", "")), group, arm, against, metric, expect, table.get("at_least"))
-    return own, found
+    arms = {group.name: [arm.name for arm in group.arms] for group in study.groups}
+    check_claim(table, arms, f'{study.folder / "plan.json"}: claim "{table.get("claim", "?")}"')
+    own = {name: table[name] for name in ("claim", "group", "arm", "against", "metric", "expect")}
+    finding = Finding(published=str(table.get("published", "")), at_least=table.get("at_least"), **own)
+    return finding, study.group(finding.group)
 
 
 def ratio_of(finding: Finding, arm: Arm, against: Arm, pair: Pair) -> Finding:

@@ -39,6 +39,7 @@ from pathlib import Path
 
 from tools.costs import stored_bytes
 from tools.pack import check_settings
+from tools.study.results import check_claim, need
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_HASHED = ("OUT_DIR", "RUN_ID", "DATA_PATH")  # where a run is, not what it is
@@ -110,11 +111,6 @@ def spelled(value: object) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def need(table: dict, keys: tuple[str, ...], where: str) -> None:
-    if missing := [key for key in keys if key not in table]:
-        raise ValueError(f"{where} lacks {missing[0]}; it needs {', '.join(keys)}")
-
-
 def make_arm(name: str, common: dict, own: dict) -> Arm:
     """An arm with the study's settings under its own; a setting that nothing reads stops the study."""
     settings = {key.upper(): spelled(value) for key, value in (common | own).items()}
@@ -143,7 +139,7 @@ def varied(arms: list[Arm], vary: dict[str, list], baseline: str) -> list[Arm]:
 
 
 def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
-    need(table, ("name", "question", "baseline", "arms", "budget"), f'group "{table.get("name", "?")}"')
+    need(table, "name question baseline arms budget", f'group "{table.get("name", "?")}"')
     where = f'group "{table["name"]}"'
     if unknown := [name for name in table["arms"] if name not in arms]:
         raise ValueError(f'{where} names the arm "{unknown[0]}", which [arms] does not define')
@@ -158,7 +154,7 @@ def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
     if table["baseline"] not in [arm.name for arm in chosen]:
         raise ValueError(f'{where}: its baseline "{table["baseline"]}" is none of its arms')
     if (seeds := table.get("seeds")) is not None:
-        need(seeds, ("first", "close", "within"), f"{where}: seeds")
+        need(seeds, "first close within", f"{where}: seeds")
         if unknown := [name for name in seeds.get("more", []) if name not in {arm.name for arm in chosen}]:
             raise ValueError(f'{where}: seeds, more, names "{unknown[0]}", which is none of its arms')
     published = table.get("published", {})
@@ -170,27 +166,18 @@ def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
     )  # fmt: skip
 
 
-def check_claim(claim: dict, groups: list[Group], where: str) -> None:
-    need(claim, ("claim", "group", "arm", "against", "metric", "expect"), where)
-    arms = {group.name: [arm.name for arm in group.arms] for group in groups}
-    if claim["group"] not in arms:
-        raise ValueError(f'{where} names the group "{claim["group"]}"; there are {list(arms)}')
-    if unknown := [claim[side] for side in ("arm", "against") if claim[side] not in arms[claim["group"]]]:
-        raise ValueError(f'{where} names "{unknown[0]}", which is none of the arms of group "{claim["group"]}"')
-
-
 def load_study(path: Path) -> Study:
     """The study that a study.toml describes; ValueError says what is wrong with it."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    need(table, ("title", "about", "data", "seeds", "arms", "group"), str(path))
+    need(table, "title about data seeds arms group", path)
     if len(set(table["seeds"])) < len(table["seeds"]) or not table["seeds"]:
         raise ValueError(f"{path}: seeds {table['seeds']} must be different whole numbers")
     tune = table.get("tune")
     if tune is not None:
-        need(tune, ("seed", "grid"), f"{path}: [tune]")
+        need(tune, "seed grid", f"{path}: [tune]")
         if tune["seed"] in table["seeds"]:
             raise ValueError(f"{path}: [tune] seed {tune['seed']} is one of the study's; tune on another")
     arms = {name: make_arm(name, table.get("settings", {}), own) for name, own in table["arms"].items()}
@@ -198,8 +185,9 @@ def load_study(path: Path) -> Study:
     if unknown := [arm.tuned_as for arm in arms.values() if arm.tuned_as not in tuned]:
         raise ValueError(f'{path}: tuned_as = "{unknown[0]}" must name one of [arms] that is tuned itself')
     groups = [read_group(group, arms, table["data"]) for group in table["group"]]
+    names_of = {group.name: [arm.name for arm in group.arms] for group in groups}
     for claim in table.get("claims", []):
-        check_claim(claim, groups, f'{path}: claim "{claim.get("claim", "?")}"')
+        check_claim(claim, names_of, f'{path}: claim "{claim.get("claim", "?")}"')
     names = [group.name for group in groups]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two groups have one name: {names}")

@@ -1,4 +1,7 @@
-"""Reads the folder of a study: plan.json, runs/*.json, measures/*.json. A run or a measure may be missing."""
+"""Reads the folder of a study: plan.json, runs/*.json, measures/*.json. A run or a measure may be missing.
+
+Claims stand in study.toml and go from there into plan.json; check_claim serves both.
+"""
 
 import json
 import math
@@ -8,6 +11,7 @@ from pathlib import Path
 METRICS = {
     "val_bpb": "bits per byte", "gap": "bits per byte", "bytes_model": "bytes", "step_ms": "ms", "params": "parameters",
 }  # fmt: skip
+EXPECTED = ("lower", "higher", "ratio")  # of a claim
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,18 @@ def need(table: dict, names: str, where: object) -> list:
         if name not in table:
             raise ValueError(f"{where} lacks {name!r}; it needs {names.replace(' ', ', ')}")
     return [table[name] for name in names.split()]
+
+
+def check_claim(claim: dict, arms: dict[str, list[str]], where: str) -> None:
+    """ValueError says what is wrong with a claim about groups that have these arms."""
+    _, group, arm, against, metric, expect = need(claim, "claim group arm against metric expect", where)
+    for name, value, known in (("group", group, arms), ("metric", metric, METRICS), ("expect", expect, EXPECTED)):
+        if value not in known:
+            raise ValueError(f"{where}: {name} {value!r} must be one of {', '.join(known)}")
+    if unknown := [name for name in (arm, against) if name not in arms[group]]:
+        raise ValueError(f'{where} names "{unknown[0]}", which is none of the arms of group "{group}"')
+    if expect == "ratio" and not (claim.get("at_least") or 0) > 0:
+        raise ValueError(f"{where}: at_least {claim.get('at_least')} must be above 0 for a ratio")
 
 
 def whole(points: list[list]) -> tuple[tuple, ...]:
