@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
 
         parts = {
             "step": lambda: measure_step(*read_settings(env), rounds),
-            "archs": lambda: measure_archs(env, rounds, archs),
+            "archs": lambda: measure_archs(env, rounds, archs, save),
             "startup": lambda: measure_startup(env, rounds),
             "prepare": lambda: measure_prepare(options.documents, rounds),
             "against": lambda: measure_against(options.against, env, rounds),

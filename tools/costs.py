@@ -1,5 +1,6 @@
 """What an architecture costs: stored bytes, floating-point operations, memory, and the time of a step beside gpt's."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from statistics import median
 
@@ -84,10 +85,21 @@ def measure_lengths(env: dict[str, str], rounds: int, arch: str, lengths: tuple[
     return dict(settings=settings, raw_seconds_per_step=seconds, rows=rows, notes=notes, ok=True)
 
 
-def measure_archs(env: dict[str, str], rounds: int, archs: list[str] | None = None) -> dict:
-    """Parameters, stored bytes, step time, memory and operations of these architectures, each in turns with gpt."""
+def measure_archs(
+    env: dict[str, str], rounds: int, archs: list[str] | None = None, save: Callable[[dict], None] = lambda found: None
+) -> dict:
+    """Parameters, stored bytes, step time, memory and operations of these architectures, each in turns with gpt.
+
+    What there is, is saved after each, for all of them take long.
+    """
     gpt, rows, raw = make_stepper("gpt", env), [], {}
     steps = max(1, round(LAP_SECONDS / gpt.lap(2)))
+    tokens = from_env(RunConfig, env).train_batch_tokens
+    settings = dict(train_batch_tokens=tokens, steps_per_lap=steps, **asdict(gpt.model.config))
+    notes = [
+        f"n rounds of {steps} step(s), each in turns with gpt; gpt in turns with itself shows the noise",
+        "stored_bytes: int8 weights, fp32 controls, before coding; mflop_per_token: forward, attention unmasked",
+    ]
     for arch in archs or names():
         try:
             mine = make_stepper(arch, env)
@@ -98,10 +110,7 @@ def measure_archs(env: dict[str, str], rounds: int, archs: list[str] | None = No
             rows.append(row)
         except Exception as error:  # one broken architecture must not cost the others their numbers
             rows.append(dict(what=arch, error=f"{type(error).__name__}: {error}".splitlines()[0]))
-    notes = [
-        f"n rounds of {steps} step(s), each in turns with gpt; gpt in turns with itself shows the noise",
-        "stored_bytes: int8 weights, fp32 controls, before coding; mflop_per_token: forward, attention unmasked",
-    ]
-    tokens = from_env(RunConfig, env).train_batch_tokens
-    settings = dict(train_batch_tokens=tokens, steps_per_lap=steps, **asdict(gpt.model.config))
-    return dict(settings=settings, raw_seconds_per_step=raw, rows=rows, notes=notes, ok=all("n" in row for row in rows))
+        ok = all("n" in row for row in rows)
+        found = dict(settings=settings, raw_seconds_per_step=raw, rows=rows, notes=notes, ok=ok)
+        save(found)
+    return found
