@@ -2,6 +2,9 @@
 
 import fcntl
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -322,6 +325,24 @@ def test_a_failed_run_is_told_and_the_others_go_on(write, capsys):
     assert ablate([str(path)]) == 1
     said = capsys.readouterr().err
     assert said.count("TRAIN_BATCH_TOKENS=33 must be a multiple") == 4 and "Traceback" not in said
+
+
+def test_a_run_that_was_interrupted_is_no_result(write, tmp_path, monkeypatch):
+    study = load_study(write(change=("WARMUP_STEPS = 1", "WARMUP_STEPS = 0")))
+    run = Run("gpt", 1, study.data, study.arms["gpt"].settings | {"SEED": "1", "ITERATIONS": "1_000_000"})
+
+    class Stopped(subprocess.Popen):
+        def communicate(self, *rest, **more):
+            log = tmp_path / run.key / "train.log"
+            while self.poll() is None and not (log.is_file() and "step:1/" in log.read_text()):
+                time.sleep(0.05)
+            self.send_signal(signal.SIGTERM)
+            return super().communicate(*rest, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", Stopped)
+    with pytest.raises(runner.RunFailed, match=r"was interrupted after \d+ steps"):
+        runner.do_run(run, study.folder, tmp_path)
+    assert not runner.result_path(run, study.folder).exists()
 
 
 def test_costs_count_a_shared_weight_once_per_use_and_grow_with_the_model():

@@ -106,6 +106,8 @@ def do_run(run: Run, folder: Path, scratch: Path, gpu: int | None = None) -> dic
     if log is None or log.result is None:
         last = done.stdout.splitlines()[-SHOWN_LINES:]
         raise RunFailed("\n    ".join([f"{run.key} ended with status {done.returncode}:", *last]))
+    if log.result.get("interrupted"):
+        raise RunFailed(f"{run.key} was interrupted after {log.result['steps']} steps; ask for the study again")
     row = {"key": run.key, "arch": run.arch, "seed": run.seed, "data": run.data, "settings": run.settings}
     row |= {"log": f"logs/{run.key}.log"} | {name: log.result.get(name) for name in KEPT}
     row["curve"] = [[p.step, p.train_loss, p.seconds] for p in log.steps]
