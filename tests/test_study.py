@@ -231,6 +231,11 @@ def test_a_claim_about_what_is_not_there_is_refused_before_anything_runs(write, 
         load_study(write(MORE + claim.replace(old, new)))
 
 
+def test_a_clock_that_is_none_of_the_arms_is_refused(write):
+    with pytest.raises(ValueError, match='clock_of, names "ti_ssm", which is none of its arms'):
+        load_study(write(MORE.replace('clock_of = "gpt"', 'clock_of = "ti_ssm"')))
+
+
 def test_a_group_of_equal_bytes_narrows_the_larger_model(write):
     design = Design(load_study(write(MORE)))
     tune_all(design)

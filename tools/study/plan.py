@@ -153,6 +153,8 @@ def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
     chosen = varied(chosen, table.get("vary", {}), table["baseline"])
     if table["baseline"] not in [arm.name for arm in chosen]:
         raise ValueError(f'{where}: its baseline "{table["baseline"]}" is none of its arms')
+    if (clock := table["budget"].get("clock_of")) not in (None, *(arm.name for arm in chosen)):
+        raise ValueError(f'{where}: budget, clock_of, names "{clock}", which is none of its arms')
     if (seeds := table.get("seeds")) is not None:
         need(seeds, "first close within", f"{where}: seeds")
         if unknown := [name for name in seeds.get("more", []) if name not in {arm.name for arm in chosen}]:
