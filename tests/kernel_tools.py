@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +72,20 @@ def watch_costs(work: Callable[[], object]) -> list[int]:
     for name, method in plain.items():
         setattr(InterpreterBuilder, name, method)
     return found
+
+
+def outputs(function: Callable, tensors: list[Tensor]) -> list[Tensor]:
+    """y and the gradients of a weighted sum of it."""
+    y = function(*tensors)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+    return [y, *torch.autograd.grad((y * weights).sum(), tensors)]
+
+
+def compiled_difference(function: Callable, tensors: list[Tensor]) -> float:
+    """Between torch.compile without graph breaks, forward and backward, and eager."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    pairs = zip(outputs(compiled, tensors), outputs(function, tensors), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
 
 
 def operators_called(function: Callable, *shapes: tuple[int, ...], device: str) -> list[str]:

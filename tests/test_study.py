@@ -231,9 +231,17 @@ def test_a_claim_about_what_is_not_there_is_refused_before_anything_runs(write, 
         load_study(write(MORE + claim.replace(old, new)))
 
 
-def test_a_clock_that_is_none_of_the_arms_is_refused(write):
-    with pytest.raises(ValueError, match='clock_of, names "ti_ssm", which is none of its arms'):
-        load_study(write(MORE.replace('clock_of = "gpt"', 'clock_of = "ti_ssm"')))
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('clock_of = "gpt"', 'clock_of = "ti_ssm"', 'clock_of, names "ti_ssm", which is none of its arms'),
+        ('bytes_of = "ti_mlp"', 'bytes_of = "ti_ssm"', 'names the arm "ti_ssm", which .arms. does not define'),
+    ],
+)
+def test_a_budget_that_names_what_is_not_there_is_refused(write, old, new, said):
+    assert old in MORE
+    with pytest.raises(ValueError, match=said):
+        load_study(write(MORE.replace(old, new)))
 
 
 def test_a_group_of_equal_bytes_narrows_the_larger_model(write):

@@ -61,10 +61,12 @@ def delta_rule(
     solve multiplies errors; y (B, T, H, P) in the dtype of v. In bf16 on CUDA, where a key fits a tile, the same is
     computed by Triton kernels, whose chunks have their own size.
     """
-    if triton_takes(q, k, v) and q.size(-1) <= 64:
+    if triton_takes(q, k, v):
         from architectures.kernels.delta_op import triton_delta_rule
+        from architectures.kernels.scan_op import ROWS
 
-        return triton_delta_rule(q, k, v, log_decay, beta)
+        if q.size(-1) <= ROWS:
+            return triton_delta_rule(q, k, v, log_decay, beta)
     (_, T, H, P), (G, N), Q, dtype = v.shape, q.shape[2:], chunk_size, v.dtype
     q, k = (in_chunks(x.float(), Q).transpose(2, 3)[:, :, :, None] for x in (q, k))  # (B, C, G, 1, Q, N)
     v, beta, log_decay = (

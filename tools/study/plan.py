@@ -140,30 +140,30 @@ def varied(arms: list[Arm], vary: dict[str, list], baseline: str) -> list[Arm]:
 
 def read_group(table: dict, arms: dict[str, Arm], data: str) -> Group:
     need(table, "name question baseline arms budget", f'group "{table.get("name", "?")}"')
-    where = f'group "{table["name"]}"'
-    if unknown := [name for name in table["arms"] if name not in arms]:
+    where, budget, seeds = f'group "{table["name"]}"', table["budget"], table.get("seeds")
+    if unknown := [name for name in (*table["arms"], budget.get("bytes_of")) if name not in (None, *arms)]:
         raise ValueError(f'{where} names the arm "{unknown[0]}", which [arms] does not define')
-    if set(table["budget"]) not in BUDGETS:
-        budget = table["budget"]
+    if set(budget) not in BUDGETS:
         raise ValueError(f"{where}: budget {budget} must be steps or seconds, or steps and clock_of or bytes_of")
     chosen = [arms[name] for name in table["arms"]]
     own = {key.upper(): spelled(value) for key, value in table.get("settings", {}).items()}
     for i, arm in enumerate(chosen):
         chosen[i] = replace(arm, settings=make_arm(arm.name, {"ARCH": arm.arch} | arm.settings, own).settings)
     chosen = varied(chosen, table.get("vary", {}), table["baseline"])
-    if table["baseline"] not in [arm.name for arm in chosen]:
+    names = [arm.name for arm in chosen]
+    if table["baseline"] not in names:
         raise ValueError(f'{where}: its baseline "{table["baseline"]}" is none of its arms')
-    if (clock := table["budget"].get("clock_of")) not in (None, *(arm.name for arm in chosen)):
-        raise ValueError(f'{where}: budget, clock_of, names "{clock}", which is none of its arms')
-    if (seeds := table.get("seeds")) is not None:
+    if seeds is not None:
         need(seeds, "first close within", f"{where}: seeds")
-        if unknown := [name for name in seeds.get("more", []) if name not in {arm.name for arm in chosen}]:
-            raise ValueError(f'{where}: seeds, more, names "{unknown[0]}", which is none of its arms')
     published = table.get("published", {})
-    if unknown := [name for name in published if name not in {arm.name for arm in chosen}]:
-        raise ValueError(f'{where}: published names "{unknown[0]}", which is none of its arms')
+    for what, named in (
+        ("budget, clock_of,", [budget.get("clock_of")]), ("seeds, more,", (seeds or {}).get("more", [])),
+        ("published", published),
+    ):  # fmt: skip
+        if unknown := [name for name in named if name not in (None, *names)]:
+            raise ValueError(f'{where}: {what} names "{unknown[0]}", which is none of its arms')
     return Group(
-        table["name"], table["question"], table["baseline"], table["budget"], chosen, table.get("data", data),
+        table["name"], table["question"], table["baseline"], budget, chosen, table.get("data", data),
         published, table.get("train_score", False), seeds, own,
     )  # fmt: skip
 
