@@ -166,6 +166,18 @@ def test_an_arm_can_take_the_rates_of_another_and_is_timed_as_itself(write):
     assert found["32"]["MATRIX_LR"] == found["16"]["MATRIX_LR"]
 
 
+@pytest.mark.parametrize(("own", "once"), [("MATRIX_LR = 0.01", True), ("MODEL_DIM = 16", False)])
+def test_a_second_clock_times_again_only_what_differs_in_more_than_rates(write, own, once):
+    clock = MORE[MORE.rindex("[[group]]") :].replace("ti_mlp", "narrow")
+    second = clock.replace('"clock"', '"again"').replace('"gpt"\n', f'"narrow"\nsettings = {{{own}}}\n', 1)
+    narrow = ("[[group]]", 'narrow = {ARCH = "gpt", MODEL_DIM = 24, tuned_as = "gpt"}\n\n[[group]]')
+    design = Design(load_study(write(clock + second, arms=narrow)))
+    _, first, again = design.study.groups
+    assert [design.timed(first, arm) for arm in first.arms] == [(first, arm) for arm in first.arms]
+    assert [design.timed(again, arm)[0].name for arm in again.arms] == ["clock" if once else "again"] * 2
+    assert design.clocks() == ({"clock"} if once else {"clock", "again"})
+
+
 def test_arms_far_from_the_baseline_have_one_seed_and_the_close_ones_more(write):
     seeds = "seeds = {first = 1, close = 2, within = 0.05}"
     more = MORE.replace("budget = {steps = 4}", f"budget = {{steps = 4}}\n{seeds}", 1)

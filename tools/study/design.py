@@ -73,13 +73,29 @@ class Design:
         return fixed
 
     def timed(self, group: Group, arm: Arm) -> tuple[Group, Arm]:
-        """Where the arm's step is timed: by the clock, another group that has all of these arms, if there is one."""
-        if "clock_of" in group.budget:
-            for other in self.study.groups:
-                named, by_steps = {one.name: one for one in other.arms}, other.budget.keys() <= {"steps", "seconds"}
-                if by_steps and named.keys() >= {one.base for one in group.arms}:
-                    return other, named[arm.base]
+        """Where the arm's step is timed: by the clock, another group that has all of these arms, if there is one.
+
+        That is a group of steps or seconds, or an earlier one by the clock whose arms differ in the rates alone.
+        """
+        if "clock_of" not in group.budget:
+            return group, arm
+        earlier = self.study.groups[: self.study.groups.index(group)]
+        for other in self.study.groups:
+            named, by_steps = {one.name: one for one in other.arms}, other.budget.keys() <= {"steps", "seconds"}
+            if not named.keys() >= {one.base for one in group.arms}:
+                continue
+            if by_steps:
+                return other, named[arm.base]
+            if other in earlier and "clock_of" in other.budget and all(
+                self.but_rates(one) == self.but_rates(named[one.base]) for one in group.arms
+            ):  # fmt: skip
+                return self.timed(other, named[arm.base])
         return group, arm
+
+    def but_rates(self, arm: Arm) -> dict[str, str]:
+        """The arm's settings without those that tuning may set."""
+        rates = {name.upper() for point in self.study.tune["grid"] for name in point} if self.study.tune else set()
+        return {name: value for name, value in arm.settings.items() if name not in rates}
 
     def clocks(self, only: list[str] | None = None) -> set[str]:
         """The groups that must be timed before the runs of these groups are known."""
