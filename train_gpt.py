@@ -102,7 +102,7 @@ class RunConfig:
 
     quant_bits: int = 8  # of matrices and embeddings in the artifact, 4 to 8
     quant_clip: float | None = None  # a row's largest number in its root mean squares; unset: where its error is least
-    artifact_bytes: int | None = None  # of model.bin, script not counted; if it has more, the least clip that fits
+    artifact_bytes: int | None = None  # of model.bin; if it has more, the least clip that fits; default: the cap's rest
     eval_seq_len: int | None = None  # TRAIN_SEQ_LEN
     eval_stride: int = 0  # 0 = windows side by side; n = slide by n, score the last n of each window
     eval_carry: bool = True  # windows side by side hand on their state, in an architecture that has one
@@ -1682,15 +1682,17 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
 
     log.phase("export")
     settings = (arch, dataset.tokenizer_sha256, plan, outcome.progress, run.quant_bits)
-    settings += (run.quant_clip, run.artifact_bytes)
+    code_bytes = sum(f.stat().st_size for f in code_files())
+    most = run.artifact_bytes or BYTE_CAP - code_bytes
+    settings += (run.quant_clip, most)
     blob = store(folder / "model.bin", machine, lambda: pack_artifact(model, *settings))
     log.phase("score")
     began = time.perf_counter()
     reloaded, plan, header = load_artifact(blob, machine.device)
-    if run.artifact_bytes:
-        log(f"quant_clip:{header['quant_clip']} bytes_model:{len(blob)} artifact_bytes:{run.artifact_bytes}")
-        if len(blob) > run.artifact_bytes:
-            log(f"over ARTIFACT_BYTES={run.artifact_bytes} at the coarsest clip: lower QUANT_BITS={run.quant_bits}")
+    if run.artifact_bytes or header["quant_clip"] != run.quant_clip:
+        log(f"quant_clip:{header['quant_clip']} bytes_model:{len(blob)} artifact_bytes:{most}")
+    if len(blob) > most:
+        log(f"over ARTIFACT_BYTES={most} at the coarsest clip: lower QUANT_BITS={run.quant_bits}")
     reloaded.compute_dtype = machine.score_dtype
     after = score(reloaded, val_tokens, val_bytes, plan, machine, run.val_batch_size)
     score_seconds = round(time.perf_counter() - began, 3)
@@ -1701,7 +1703,7 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
         result |= dict(pre_quant_val_loss=before.val_loss, pre_quant_val_bpb=before.val_bpb)
     result |= dict(partial=partial, quick_score=run.quick_score)
     result |= dict(score_seconds=score_seconds, eval_seq_len=plan.seq_len, eval_stride=plan.stride)
-    result |= dict(bytes_code=sum(f.stat().st_size for f in code_files()), bytes_model=len(blob))
+    result |= dict(bytes_code=code_bytes, bytes_model=len(blob))
     result |= dict(bytes_total=result["bytes_code"] + len(blob), artifact_sha256=hashlib.sha256(blob).hexdigest())
     result |= make_result(run, model, machine, dataset, outcome, plan)
     result["invalid_reasons"] = verdict(result, model_config.vocab_size)

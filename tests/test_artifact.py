@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import random
+import re
 import resource
 import signal
 import struct
@@ -11,6 +12,7 @@ import zlib
 
 import pytest
 import torch
+from conftest import ROOT, TINY, result_of, run_script
 from test_architectures import CPU, SHAPE, shake, tiny
 from torch import nn
 
@@ -246,3 +248,16 @@ def test_a_clip_or_size_that_cannot_be_is_refused(settings):
     name = next(iter(settings))
     with pytest.raises(ValueError, match=f"{name.upper()}={settings[name]} must be"):
         train_gpt.RunConfig(**settings)
+
+
+def test_a_run_over_the_cap_is_stored_at_a_clip_that_fits(data, tmp_path):
+    settings = TINY | dict(DATA_PATH=data, OUT_DIR=tmp_path, MODEL_DIM=128, ITERATIONS=2)
+    plain = result_of(run_script(settings | dict(RUN_ID="plain")))
+    cap = plain["bytes_total"] - plain["bytes_model"] // 5
+    capped = tmp_path / "capped.py"
+    capped.write_text(f"import sys, train_gpt\ntrain_gpt.BYTE_CAP = {cap}\nsys.exit(train_gpt.main([]))\n")
+    done = run_script(settings | dict(RUN_ID="capped", PYTHONPATH=ROOT), script=capped)
+    result = result_of(done)
+    assert 0.99 * cap < result["bytes_total"] <= cap and result["bytes_code"] == plain["bytes_code"]
+    assert re.search(r"^quant_clip:\d\S* bytes_model:", done.stdout, flags=re.M)
+    assert not result["invalid_reasons"]

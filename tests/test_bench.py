@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from architectures import layers, load_architecture
-from tools import bench, plain_step
+from tools import bench, costs, plain_step
 from tools.logs import read_log
 from tools.plain_step import PlainStep, build, compare, interleave, kit_stepper, measure_step, newton_schulz, table
 from train_gpt import Machine, RunConfig, read_settings
@@ -133,8 +133,20 @@ def test_archs_sets_every_architecture_beside_gpt(tmp_path, monkeypatch):
     rows = json.loads(next(tmp_path.glob("archs_*.json")).read_text())["rows"]
     plain, *_ = both_steps()
     assert rows[0]["params"] == sum(p.numel() for p in plain.parameters())
-    assert rows[0]["stored_bytes"] > rows[0]["params"] and rows[0]["mflop_per_token"] > 0 and rows[0]["peak_mb"] > 0
+    assert rows[0]["artifact_bytes"] > rows[0]["params"] and rows[0]["mflop_per_token"] > 0 and rows[0]["peak_mb"] > 0
     assert "ARCH=gqt is not a file" in rows[1]["error"]
+
+
+def test_a_submission_over_the_cap_is_clipped_until_it_fits_and_one_under_it_is_not(monkeypatch):
+    env = SHAPE | {"MODEL_DIM": "128", "NUM_LAYERS": "2"}
+    plain, *_ = costs.measure_artifacts(env, ["gpt"])["rows"]
+    assert plain["clip"] is None and plain["artifact_bytes"] > 0.9 * plain["stored_bytes"]
+    cap = plain["artifact_bytes"] - plain["stored_bytes"] // 10
+    monkeypatch.setattr(costs, "BYTE_CAP", cap)
+    found = costs.measure_artifacts(env, ["gpt"])
+    assert found["ok"] and found["rows"][0]["artifact_bytes"] <= cap and found["rows"][0]["clip"] > 1
+    monkeypatch.setattr(costs, "BYTE_CAP", 1)
+    assert not costs.measure_artifacts(env, ["gpt"])["ok"]
 
 
 def test_a_capped_run_is_measured_in_unused_steps(tmp_path):

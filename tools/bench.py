@@ -3,6 +3,7 @@
     python -m tools.bench                            step: tokens per second against a plain fp32 step, choice by choice
     python -m tools.bench archs|startup|prepare|cap  every architecture; start-up and failures; tokenizing; the clock
     python -m tools.bench lengths --arch mamba       how the time of a step grows with the length of the sequence
+    python -m tools.bench artifacts                  bytes of each architecture's submission at its defaults
     python -m tools.bench --archs ti_mlp,ti_ssm      some: parameters, bytes, step time beside gpt's, memory, operations
     python -m tools.bench --kernels                  every Triton kernel compiled for Hopper, without a GPU
     python -m tools.bench scan                       on CPU: the scan beside attention, the streamed loss beside eager
@@ -36,7 +37,7 @@ from architectures import load_architecture
 from data.prepare import benchmark, parse_options, prepare
 from data.sources import Source
 from data.tokenizers import train_tokenizer
-from tools.costs import measure_archs, measure_lengths
+from tools.costs import measure_archs, measure_artifacts, measure_lengths
 from tools.gpu_check import kernels as compare_kernels
 from tools.hopper import discover, measure_kernels
 from tools.logs import Log, read_log
@@ -47,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train_gpt.py"
 ROUNDS = {
     "step": 10, "archs": 5, "startup": 5, "prepare": 3, "against": 2, "cap": 20, "kernels": 1, "scan": 10,
-    "lengths": 10,
+    "lengths": 10, "artifacts": 1,
 }  # fmt: skip
 LENGTHS = (512, 1024, 2048, 4096)
 SHAPE = {  # option: (its setting, the value where neither option nor environment has one; --against has none of these)
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     archs = None if options.archs in (None, "all") else options.archs.split(",")
     rounds = options.rounds or ROUNDS[part]
     given = {name: value for name, value in vars(options).items() if name.isupper() and value}
-    env = ({} if options.against else dict(SHAPE.values())) | os.environ | given
+    env = ({} if part in ("against", "artifacts") else dict(SHAPE.values())) | os.environ | given
     caps = [round(5 + 55 * i / max(1, rounds - 1), 1) for i in range(rounds)]
     try:
         hardware = hardware_name(Machine(pick_device(env.get("DEVICE"))))
@@ -249,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         parts = {
             "step": lambda: measure_step(*read_settings(env), rounds),
             "archs": lambda: measure_archs(env, rounds, archs, save),
+            "artifacts": lambda: measure_artifacts(env),
             "startup": lambda: measure_startup(env, rounds),
             "prepare": lambda: measure_prepare(options.documents, rounds),
             "against": lambda: measure_against(options.against, env, rounds),

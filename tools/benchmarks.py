@@ -14,6 +14,7 @@ from tools.plain_step import table
 FOLDER = Path(__file__).resolve().parent.parent / "records" / "benchmarks"
 TITLES = {
     "step": "The training step, choice by choice", "archs": "Every architecture beside gpt",
+    "artifacts": "The submission of each architecture, in bytes",
     "kernels": "Kernels compiled for Hopper, without a GPU", "scan": "The scan and the streamed loss on CPU",
     "lengths": "The step by the length of the sequence",
     "sizes": "Entropy coders and bit widths", "cap": "The cap on training time", "startup": "Start-up and failures",

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from architectures import load_architecture, names
 from architectures.layers import ModelConfig
-from tools.costs import stored_bytes
 from tools.records import read_record
 from tools.study.plan import ROOT
 
@@ -65,14 +64,20 @@ def standing(arch: str, studies: Path, records: Path) -> str:
     return "; ".join(found) or "not compared yet"
 
 
+def artifact_sizes(folder: Path) -> dict[str, str]:
+    """Megabytes of each architecture's submission at its defaults, by the benchmark that packed it last."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("artifacts_*.json")]
+    found.sort(key=lambda one: one["date"])
+    return {row["what"]: f"{row['artifact_bytes'] / 1e6:.1f}" for one in found for row in one["rows"]}
+
+
 def table(studies: Path, records: Path) -> str:
-    rows = [HEADER]
+    rows, sizes = [HEADER], artifact_sizes(records / "benchmarks")
     for arch in names():
         idea, paper, link = first_line(ROOT / "architectures" / f"{arch}.py")
         _, Config = load_architecture(arch)
-        size = stored_bytes(arch, {}, Config().vocab_size) / 1e6
         cells = [f"`{arch}`", f"{idea} ([{paper or 'code'}]({link}))", knobs(Config) or "none of its own"]
-        cells += [f"{Config().num_params():,}", f"{size:.1f}", standing(arch, studies, records)]
+        cells += [f"{Config().num_params():,}", sizes.get(arch, "not measured"), standing(arch, studies, records)]
         rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(rows)
 

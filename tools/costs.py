@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import load_architecture, names
-from architectures.layers import is_control
+from architectures.layers import ModelConfig, is_control
+from tools.pack import flatten
 from tools.plain_step import (
     LAP_SECONDS,
     Stepper,
@@ -20,7 +21,16 @@ from tools.plain_step import (
     kit_stepper,
     random_batches,
 )
-from train_gpt import RunConfig, fill_generated, from_env, micro_batch_count
+from train_gpt import (
+    BYTE_CAP,
+    RunConfig,
+    ScorePlan,
+    fill_generated,
+    from_env,
+    micro_batch_count,
+    pack_artifact,
+    read_header,
+)
 
 
 def stored_bytes(arch: str, settings: dict[str, str], vocab_size: int) -> int:
@@ -29,6 +39,40 @@ def stored_bytes(arch: str, settings: dict[str, str], vocab_size: int) -> int:
     model = Model(from_env(Config, {"VOCAB_SIZE": str(vocab_size)} | settings)).folded()
     unique = {id(p): p for p in model.parameters()}.values()
     return sum(p.numel() * 4 if is_control(p) else p.numel() + 2 * p.numel() // p.size(-1) for p in unique)
+
+
+def artifact_bytes(arch: str, settings: dict[str, str], vocab_size: int) -> tuple[int, float | None]:
+    """(bytes of model.bin and the packed script, its clip) where all weights are noise: no coder finds much in either.
+
+    Packed as train_gpt.py packs it: in 8 bits, and where that is over the cap, at the least clip that fits.
+    """
+    Model, Config = load_architecture(arch)
+    model, noise = Model(from_env(Config, settings | {"VOCAB_SIZE": str(vocab_size)})), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not is_control(p):
+                p.normal_(generator=noise)
+    code = len(flatten(arch).encode())
+    blob = pack_artifact(model, arch, None, ScorePlan(1024, 1024), 1.0, RunConfig.quant_bits, None, BYTE_CAP - code)
+    return code + len(blob), read_header(blob)[0]["quant_clip"]
+
+
+def measure_artifacts(env: dict[str, str], archs: list[str] | None = None) -> dict:
+    """Parameters, bytes before coding and bytes of the submission of these architectures, by default all."""
+    rows = []
+    for arch in archs or names():
+        _, Config = load_architecture(arch)
+        config = from_env(Config, env)
+        packed, clip = artifact_bytes(arch, env, config.vocab_size)
+        row = dict(what=arch, params=config.num_params(), stored_bytes=stored_bytes(arch, env, config.vocab_size))
+        rows.append(row | dict(artifact_bytes=packed, clip=clip))
+    notes = [
+        "stored_bytes: int8 weights, fp32 controls, before coding; artifact_bytes: coded, with the packed script",
+        "every weight is noise, in which a coder finds hardly more or less than in what was trained",
+        "clip: QUANT_CLIP that the cap of 16,000,000 bytes made necessary",
+    ]
+    ok = all(row["artifact_bytes"] <= BYTE_CAP for row in rows)
+    return dict(settings=asdict(from_env(ModelConfig, env)), rows=rows, notes=notes, ok=ok)
 
 
 def forward_flops(stepper: Stepper) -> float:
@@ -88,7 +132,7 @@ def measure_lengths(env: dict[str, str], rounds: int, arch: str, lengths: tuple[
 def measure_archs(
     env: dict[str, str], rounds: int, archs: list[str] | None = None, save: Callable[[dict], None] = lambda found: None
 ) -> dict:
-    """Parameters, stored bytes, step time, memory and operations of these architectures, each in turns with gpt.
+    """Parameters, bytes, step time, memory and operations of these architectures, each in turns with gpt.
 
     What there is, is saved after each, for all of them take long.
     """
@@ -98,14 +142,14 @@ def measure_archs(
     settings = dict(train_batch_tokens=tokens, steps_per_lap=steps, **asdict(gpt.model.config))
     notes = [
         f"n rounds of {steps} step(s), each in turns with gpt; gpt in turns with itself shows the noise",
-        "stored_bytes: int8 weights, fp32 controls, before coding; mflop_per_token: forward, attention unmasked",
+        "artifact_bytes: coded noise for weights, and the packed script; mflop_per_token: forward, attention unmasked",
     ]
     for arch in archs or names():
         try:
             mine = make_stepper(arch, env)
             raw[arch] = interleave({"gpt": lambda: gpt.lap(steps), "it": lambda s=mine: s.lap(steps)}, rounds)
             row = compare(raw[arch], "gpt")[1] | dict(what=arch, params=sum(p.numel() for p in mine.model.parameters()))
-            row |= dict(stored_bytes=stored_bytes(arch, env, mine.model.config.vocab_size))
+            row |= dict(artifact_bytes=artifact_bytes(arch, env, mine.model.config.vocab_size)[0])
             row |= dict(peak_mb=peak_megabytes(mine), mflop_per_token=forward_flops(mine) / 1e6)
             rows.append(row)
         except Exception as error:  # one broken architecture must not cost the others their numbers
