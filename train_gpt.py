@@ -7,6 +7,7 @@
 Reads top to bottom: settings, machine, tokens and batches, score, optimizers, schedule, artifact, training, main.
 """
 
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -56,6 +57,8 @@ from architectures.layers import (  # noqa: E402
 
 gc.enable()
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+MEMORY_SHARE = 0.6  # of what is free, for what a forward keeps; logits, gradients and optimizers take of the rest
+KEPT_COMPILED = 0.64  # of what eager keeps for backward: 169 kB a token by upstream's logs of gpt, 265 here in eager
 BYTE_CAP = 16_000_000  # of the artifact and the script together, decimal
 
 # -----------------------------------------------------------------------------
@@ -1489,20 +1492,48 @@ def check_batch(run: RunConfig, T: int, world_size: int) -> None:
         )
 
 
-def micro_batch_count(run: RunConfig, model_config: ModelConfig, machine: Machine) -> int:
-    """Backward passes per step and rank: 1 unless memory asks for more."""
-    rank_tokens, T = run.train_batch_tokens // machine.world_size, model_config.train_seq_len
-    limit = run.micro_batch_tokens
-    if limit is None:
-        # Upstream's logs: 155 kB a token at 9 layers x 512; fp32 logits are kept about three times over.
-        token_bytes = 34 * model_config.num_layers * model_config.model_dim + 12 * model_config.vocab_size
-        blocked = machine.device.type == "cpu" and machine.compile and machine.dtype == torch.bfloat16
-        if blocked and T <= MAX_BLOCKED_SEQ_LEN:  # the weights that blocked attention keeps
-            token_bytes += model_config.num_layers * model_config.num_heads * T
-        memory = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else 8 << 30
-        limit = max(T, int(0.6 * memory / token_bytes))
-    rows = rank_tokens // T
+def kept_bytes(model: LanguageModel) -> float:
+    """Bytes a token, weights aside, that autograd keeps of the loss on one window of noise; nothing is compiled."""
+    model = copy.deepcopy(model)  # what a forward counts and remembers is no part of the run
+    params, T, V, most = list(model.parameters()), model.config.train_seq_len, model.config.vocab_size, 0
+    device = params[0].device
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage  # held, or its place in memory could be another's before the count
+        return x
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        tokens = torch.randint(V, (1, T + 1), device=device)
+        for fraction in (0.0, *model.progress_switches):
+            model.on_progress(fraction)
+            made, held = model.materialize(), {}
+            weights = {x.untyped_storage().data_ptr() for x in (*params, *model.buffers(), *made.values())}
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                torch.func.functional_call(model, made, (tokens[:, :-1], tokens[:, 1:]))
+            most = max(most, sum(storage.nbytes() for storage in held.values()))
+    return most / T
+
+
+def split_rows(rows: int, T: int, most: float) -> int:
+    """Into how many equal parts, of one row at least, rows of T tokens must go so that none has more than `most`."""
+    limit = max(T, int(most))
     return next(n for n in range(1, rows + 1) if (rows % n == 0 and (rows // n) * T <= limit) or n == rows)
+
+
+def micro_batch_count(run: RunConfig, model: LanguageModel, machine: Machine) -> int:
+    """Backward passes per step and rank, 1 unless memory asks for more. The model has the number format of training."""
+    config, T = model.config, model.config.train_seq_len
+    rows = run.train_batch_tokens // machine.world_size // T
+    if run.micro_batch_tokens:
+        return split_rows(rows, T, run.micro_batch_tokens)
+    token_bytes = kept_bytes(model) * (KEPT_COMPILED if machine.compile else 1.0)
+    blocked = machine.device.type == "cpu" and machine.compile and machine.dtype == torch.bfloat16
+    if blocked and T <= MAX_BLOCKED_SEQ_LEN:  # the weights that blocked attention keeps
+        token_bytes += config.num_layers * config.num_heads * T
+    memory = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else 8 << 30
+    return split_rows(rows, T, MEMORY_SHARE * memory / token_bytes)
 
 
 def prepare_run(run: RunConfig, model_config: ModelConfig, env=os.environ) -> tuple[Dataset, ModelConfig]:
@@ -1643,7 +1674,6 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     machine.compile, why = compile_pays(run, machine.device)
     if machine.compile:
         torch._dynamo.config.recompile_limit = 64  # one graph per batch shape of Muon, per switch and score window
-    micro_batches = micro_batch_count(run, model_config, machine)
     loader = TokenLoader(dataset.train_files, run, model_config, machine)
     folder, log = open_log(run, arch, machine)
     log.phase("setup", PROCESS_START)
@@ -1654,6 +1684,9 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     if machine.world_size > 1:  # ranks share the weights, not what a loss draws at random
         torch.manual_seed(run.seed + machine.rank)
     announce(log, model, machine, loader, why)
+    model.compute_dtype = machine.dtype
+    micro_batches = micro_batch_count(run, model, machine)
+    log(f"micro_batches:{micro_batches}")
     rows = loader.rows // machine.world_size // micro_batches
     log(f"attention:{choose_attention(model_config, machine, rows)}")
 
@@ -1668,7 +1701,6 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
         return found
 
     log.phase("warmup")
-    model.compute_dtype = machine.dtype
     if kernels := model.choose_kernels(rows, machine.compile, machine.sum):
         log(f"kernels:{kernels}")
     trainer = Trainer(model, run, machine, micro_batches)

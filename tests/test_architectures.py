@@ -1,6 +1,7 @@
 """What every file in architectures/ promises. A new file is tested by existing: there is no list to extend."""
 
 import ast
+import copy
 import dataclasses
 import json
 import math
@@ -52,6 +53,27 @@ def train_losses(name: str, steps: int = 3, tokens: torch.Tensor | None = None, 
     losses = [trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0].item() for step in range(steps)]
     train_gpt.fill_generated(model.eval())
     return [*losses, model.nats(batch[:, :-1], batch[:, 1:]).double().mean().item()]
+
+
+@every_architecture
+def test_memory_of_a_token_is_found_without_a_trace(name):
+    model = tiny(name).train()
+    weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert train_gpt.kept_bytes(model) > 4 * SHAPE["model_dim"] * SHAPE["num_layers"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())
+
+
+def test_memory_of_a_token_grows_by_as_much_with_every_layer_and_step():
+    for name, knob, numbers in (("gpt", "num_layers", (2, 4, 8)), ("nca", "nca_steps", (4, 8, 16))):
+        few, some, many = (train_gpt.kept_bytes(tiny(name, **{knob: n})) for n in numbers)
+        assert some - few > 500 and many - some == pytest.approx(2 * (some - few), rel=0.05)
+
+
+@pytest.mark.parametrize(("most", "parts"), [(10_000, 1), (8 * 64, 1), (8 * 64 - 1, 2), (4 * 64, 2), (150, 4), (1, 8)])
+def test_a_batch_goes_into_equal_parts_that_fit(most, parts):
+    run = train_gpt.RunConfig(train_batch_tokens=8 * 64, micro_batch_tokens=most)
+    assert train_gpt.micro_batch_count(run, tiny("gpt"), CPU) == parts
 
 
 @every_architecture

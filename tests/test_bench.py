@@ -141,6 +141,7 @@ def test_a_submission_over_the_cap_is_clipped_until_it_fits_and_one_under_it_is_
     env = SHAPE | {"MODEL_DIM": "128", "NUM_LAYERS": "2"}
     plain, *_ = costs.measure_artifacts(env, ["gpt"])["rows"]
     assert plain["clip"] is None and plain["artifact_bytes"] > 0.9 * plain["stored_bytes"]
+    assert plain["micro_batches"] == 1 and plain["kept_gb"] == pytest.approx(524_288 * plain["kept_kb"] / 1e6)
     cap = plain["artifact_bytes"] - plain["stored_bytes"] // 10
     monkeypatch.setattr(costs, "BYTE_CAP", cap)
     found = costs.measure_artifacts(env, ["gpt"])

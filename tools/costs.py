@@ -23,14 +23,20 @@ from tools.plain_step import (
 )
 from train_gpt import (
     BYTE_CAP,
+    KEPT_COMPILED,
+    MEMORY_SHARE,
     RunConfig,
     ScorePlan,
     fill_generated,
     from_env,
+    kept_bytes,
     micro_batch_count,
     pack_artifact,
     read_header,
+    split_rows,
 )
+
+GPU_BYTES = 80e9
 
 
 def stored_bytes(arch: str, settings: dict[str, str], vocab_size: int) -> int:
@@ -58,18 +64,25 @@ def artifact_bytes(arch: str, settings: dict[str, str], vocab_size: int) -> tupl
 
 
 def measure_artifacts(env: dict[str, str], archs: list[str] | None = None) -> dict:
-    """Parameters, bytes before coding and bytes of the submission of these architectures, by default all."""
+    """Parameters, bytes of the submission and memory of a step of these architectures, by default all."""
     rows = []
     for arch in archs or names():
-        _, Config = load_architecture(arch)
+        Model, Config = load_architecture(arch)
         config = from_env(Config, env)
         packed, clip = artifact_bytes(arch, env, config.vocab_size)
         row = dict(what=arch, params=config.num_params(), stored_bytes=stored_bytes(arch, env, config.vocab_size))
-        rows.append(row | dict(artifact_bytes=packed, clip=clip))
+        model = Model(config).train()
+        model.compute_dtype = torch.bfloat16
+        token_bytes, T = KEPT_COMPILED * kept_bytes(model), config.train_seq_len
+        parts = split_rows(RunConfig.train_batch_tokens // T, T, MEMORY_SHARE * GPU_BYTES / token_bytes)
+        row |= dict(artifact_bytes=packed, clip=clip, kept_kb=token_bytes / 1000, micro_batches=parts)
+        rows.append(row | dict(kept_gb=RunConfig.train_batch_tokens / parts * token_bytes / 1e9))
     notes = [
         "stored_bytes: int8 weights, fp32 controls, before coding; artifact_bytes: coded, with the packed script",
         "every weight is noise, in which a coder finds hardly more or less than in what was trained",
         "clip: QUANT_CLIP that the cap of 16,000,000 bytes made necessary",
+        "kept_kb: of a token for backward, estimated from eager; micro_batches: of 524,288 tokens on one GPU of 80 GB",
+        "kept_gb: of a micro-batch, beside weights and optimizers",
     ]
     ok = all(row["artifact_bytes"] <= BYTE_CAP for row in rows)
     return dict(settings=asdict(from_env(ModelConfig, env)), rows=rows, notes=notes, ok=ok)
@@ -108,7 +121,8 @@ def make_stepper(arch: str, settings: dict[str, str]) -> Stepper:
     run, config = from_env(RunConfig, settings), from_env(Config, settings)
     machine = chosen_machine(run)
     model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
-    stepper = kit_stepper(model, run, machine, micro_batch_count(run, config, machine), batches)
+    model.compute_dtype = machine.dtype
+    stepper = kit_stepper(model, run, machine, micro_batch_count(run, model, machine), batches)
     stepper.take(3)
     return stepper
 

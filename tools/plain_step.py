@@ -300,7 +300,9 @@ def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str
 def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) -> dict:
     """Tokens per second of the kit's step, and of each of its choices alone, against PlainStep on the same batches."""
     (Model, _), chosen = load_architecture(arch), chosen_machine(run)
-    count, batches = micro_batch_count(run, config, chosen), random_batches(run, config, chosen.device)
+    model, batches = build(Model, config, run, chosen.device), random_batches(run, config, chosen.device)
+    model.compute_dtype = chosen.dtype
+    count = micro_batch_count(run, model, chosen)
     with plain_elsewhere(arch, run, config, count) as plain:
         steppers, tolerances = {"plain": plain}, {"plain": 0.0}
         for name, (machine, parts, condition) in variants(run, chosen, count, len(batches[0])).items():
