@@ -4,6 +4,8 @@ Of the T targets of a window x_0 .. x_T, k are masked, t = k / T. Slot i predict
     causal head  p(x_{i+1} | x_0 .. x_i)     attention looks back,       input n(E x)
     denoiser     q(x_{i+1} | z), z = x masked   attention looks both ways,  input n(E z) + W features(t)
     loss = w mean nats of p + (1 - w) NELBO / T,   w = DIFF_AR_WEIGHT,   w = 1 is gpt
+The denoiser costs more than gpt, for its attention reads twice as much, so it sees DIFF_SHARE of a batch's windows, one
+at least, and all of them with w = 0.
     NELBO = E_{t, z} [1/t sum over masked i of -ln q(x_i | z)] >= -ln p_diffusion(x),   t = 1/T .. 1, equally likely
 To mask each token with probability t in (0, 1) has the same mean and more noise (LLaDA, Nie et al. 2025,
 https://arxiv.org/abs/2502.09992); p_diffusion reveals tokens one by one, in an order drawn at random. DIFF_BLOCK=b does
@@ -44,6 +46,7 @@ class Config(ModelConfig):
     neutral: ClassVar[dict | None] = {"diff_ar_weight": 1.0}
 
     diff_ar_weight: float = field(default=0.5, metadata={"other": 0.25})  # of the causal loss; the rest is the NELBO's
+    diff_share: float = field(default=0.75, metadata={"other": 0.25})  # of the windows, which the denoiser sees too
     diff_weighting: str = field(default="elbo", metadata={"other": "flat"})  # flat: 1 instead of 1/t, which is no bound
     diff_time_freqs: int = 8  # of the features of t; 0 = the denoiser is not told t, nor that it is the denoiser
     diff_block: int | None = field(default=None, metadata={"other": 8})  # targets masked together; None = the window
@@ -56,6 +59,8 @@ class Config(ModelConfig):
             raise ValueError("DIFF_EVAL=nelbo is a bound and cannot be a score; choose ar, chain or block")
         one_of(self, "diff_eval", ("ar", "chain", "block"))
         one_of(self, "diff_weighting", ("elbo", "flat"))
+        if not 0 < self.diff_share <= 1:
+            raise ValueError(f"DIFF_SHARE={self.diff_share} must be above 0 and at most 1")
         if not 0 <= self.diff_ar_weight <= 1:
             raise ValueError(f"DIFF_AR_WEIGHT={self.diff_ar_weight} must be between 0 and 1")
         if self.diff_time_freqs < 0:
@@ -102,16 +107,18 @@ class Streams:
         return torch.cat((causal_attention(q[:n], k[:n], v[:n]), seen)) if n else seen
 
     def attend_both_ways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The noisy rows over themselves; with blocks, over their own block and the clean rows' blocks before it."""
-        T, block = q.size(2), self.block
+        """The noisy rows over themselves; with blocks, over their own block and the blocks before it of the first rows,
+        which are the same clean."""
+        n, _, T, _ = q.shape
+        block = self.block
         if not block or block >= T:
-            return attention(q, k[-len(q) :], v[-len(q) :])
+            return attention(q, k[-n:], v[-n:])
 
         def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             own, other = query // block, key % T // block
             return torch.where(key < T, other < own, other == own)
 
-        k, v = (torch.cat(x.chunk(2), dim=2) for x in (k, v))  # (B, G, 2 T, K): clean, then noisy
+        k, v = (torch.cat((x[:n], x[-n:]), dim=2) for x in (k, v))  # (n, G, 2 T, K): clean, then noisy
         return masked_attention(q, k, v, make_mask(visible, None, T, 2 * T, q.device, self.flex))
 
 
@@ -177,18 +184,20 @@ class Model(LanguageModel):
             return super().head_inputs(input_ids, start)
         return self.in_order(input_ids, start), self.head_weight
 
-    def denoised(self, input_ids: Tensor, hidden: Tensor, t: Tensor, clean: bool) -> Tensor:
-        """Normed activations (B or 2 B, T, D) of the noisy rows, behind those of the clean rows, if asked for; hidden
-        (B or 1, T): the slots whose token is masked; t (B or 1, T or 1): the part of the targets that is.
+    def denoised(self, input_ids: Tensor, hidden: Tensor, t: Tensor, clean: bool, noisy: int | None = None) -> Tensor:
+        """Normed activations (n or B + n, T, D) of the first n = `noisy` rows, masked, by default all, behind those of
+        all clean rows, if asked for; hidden (n or 1, T): the slots whose token is masked; t (n or 1, T or 1): the part
+        of the targets that is.
         """
         embedded = self.embed(input_ids)  # (B, T, D)
-        x = rms_norm(torch.where(hidden[..., None], self.mask.weight, embedded).to(self.compute_dtype))
+        x = torch.where(hidden[..., None], self.mask.weight, embedded[:noisy])
+        x = rms_norm(x.to(self.compute_dtype))
         if self.time is not None:
             features = rms_norm(time_features(t.flatten(), "fourier", self.config.diff_time_freqs))
             x = x + self.time(features.to(x.dtype)).view(*t.shape, -1)
         if clean:
             x = torch.cat((rms_norm(embedded.to(self.compute_dtype)), x))
-        self.streams.clean = len(x) - len(input_ids)
+        self.streams.clean = len(embedded) if clean else 0
         x = rms_norm(self.backbone(x))
         self.streams.clean = None
         return x
@@ -216,12 +225,12 @@ class Model(LanguageModel):
         return torch.zeros_like(chosen).scatter(2, keys.argsort(dim=2), chosen)
 
     def under(self, masked: Tensor, input_ids: Tensor, clean: bool = False) -> Tensor:
-        """Normed activations (B or 2 B, T, D) of the noisy rows under masked (B, N, b), behind those of the clean rows,
-        if asked for or if there are blocks."""
-        _, N, b = masked.shape
+        """Normed activations (n or B + n, T, D) of the first n rows under masked (n, N, b), behind those of all clean
+        rows, if asked for or if there are blocks."""
+        n, N, b = masked.shape
         hidden = F.pad(masked[..., :-1], (1, 0)).flatten(1)  # slot i holds the target before the one it predicts
         t = masked.float().mean(dim=2)
-        return self.denoised(input_ids, hidden, t if N == 1 else t.repeat_interleave(b, dim=1), clean or N > 1)
+        return self.denoised(input_ids, hidden, t if N == 1 else t.repeat_interleave(b, dim=1), clean or N > 1, n)
 
     def nats_of(self, x: Tensor, target_ids: Tensor) -> Tensor:
         """-ln p of target_ids (M) by the head on activations x (M, D), fp32 (M)."""
@@ -237,15 +246,15 @@ class Model(LanguageModel):
         if not self.denoising:
             return super().training_loss(input_ids, target_ids)
         w, (B, T) = self.config.diff_ar_weight, input_ids.shape
-        b = self.config.diff_block or T
-        keys, phase = hashed(input_ids)
-        count = mask_counts(B * T // b, b, phase).view(B, -1)
+        b, n = self.config.diff_block or T, max(1, round(self.config.diff_share * B)) if w else B
+        keys, phase = hashed(input_ids[:n])
+        count = mask_counts(n * T // b, b, phase).view(n, -1)
         masked = self.draw(keys, count)
         weight = masked / (count[..., None] * count.numel() if self.config.diff_weighting == "elbo" else count.sum())
         x = self.under(masked, input_ids, clean=w > 0)
         # Only a masked target has a loss: the head reads their slots alone, about half of them.
         slots = masked.flatten().logical_not().byte().argsort(stable=True)[: most_masked(count.numel(), b)]
-        noisy = self.nats_of(x[-B:].flatten(0, 1)[slots], target_ids.flatten()[slots])
+        noisy = self.nats_of(x[-n:].flatten(0, 1)[slots], target_ids[:n].flatten()[slots])
         loss = (1 - w) * (weight.flatten()[slots] * noisy).sum()
         return loss + w * self.nats_of(x[:B].flatten(0, 1), target_ids.flatten()).mean() if w else loss
 

@@ -159,18 +159,19 @@ def test_masked_tokens_are_hidden_and_visible_ones_are_not(settings):
 
 
 @pytest.mark.parametrize("flex", [False, True])
+@pytest.mark.parametrize("noisy", [1, 2])
 @pytest.mark.parametrize(("T", "block"), [(1, 2), (8, 2), (10, 4), (12, 12), (12, None)])
-def test_streams_see_what_they_should(T, block, flex):
+def test_streams_see_what_they_should(T, block, noisy, flex):
     g, streams, b = torch.Generator().manual_seed(T), Streams(block, flex), block or T
-    q, k, v = (torch.randn(4, heads, T, 8, generator=g, requires_grad=not flex) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2 + noisy, heads, T, 8, generator=g, requires_grad=not flex) for heads in (4, 2, 2))
     streams.clean, rows = 2, []
-    for row, head, i in itertools.product(range(4), range(4), range(T)):
+    for row, head, i in itertools.product(range(2 + noisy), range(4), range(T)):
         seen, first = [(row, s) for s in range(i + 1)], i // b * b
         if row >= 2:
             seen = [(row - 2, s) for s in range(first)] + [(row, s) for s in range(first, min(T, first + b))]
         keys, values = (torch.stack([x[r, head // 2, s] for r, s in seen]) for x in (k, v))
         rows.append((keys @ q[row, head, i] / 8**0.5).softmax(0) @ values)
-    fast, slow = streams.attend(q, k, v), torch.stack(rows).view(4, 4, T, 8)
+    fast, slow = streams.attend(q, k, v), torch.stack(rows).view(2 + noisy, 4, T, 8)
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
     if not flex:  # which has no backward pass on CPU
         weights = torch.randn(fast.shape, generator=g)
@@ -208,16 +209,24 @@ def test_a_text_scored_by_the_denoiser_has_a_score_per_target_that_later_tokens_
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6])
-@pytest.mark.parametrize("settings", [{}, dict(diff_block=8), dict(diff_weighting="flat", diff_ar_weight=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(diff_block=8, diff_share=1.0), dict(diff_block=8), dict(diff_weighting="flat", diff_ar_weight=0.2),
+     dict(diff_share=0.25), dict(CHAIN, diff_share=0.25, diff_ar_weight=0.0)],
+    ids=str,
+)  # fmt: skip
 def test_the_training_loss_is_its_equation(settings, rows):
     model, x = shaken(**settings), some_tokens(rows, 65)
     inputs, targets, w, b = x[:, :-1], x[:, 1:], model.config.diff_ar_weight, model.config.diff_block or 64
-    (keys, phase), N = hashed(inputs), 64 // b
-    masked = model.draw(keys, mask_counts(rows * N, b, phase).view(rows, N))
-    nats = model.nats_under(masked, inputs, targets).view(rows, N, b)
-    cells = [nats[r, n][masked[r, n]] for r in range(rows) for n in range(N)]
+    noisy = {1.0: rows, 0.75: {1: 1, 5: 4, 6: 4}[rows], 0.25: {1: 1, 5: 1, 6: 2}[rows]}[model.config.diff_share]
+    noisy = noisy if w else rows
+    (keys, phase), N = hashed(inputs[:noisy]), 64 // b
+    masked = model.draw(keys, mask_counts(noisy * N, b, phase).view(noisy, N))
+    nats = model.nats_under(masked, inputs[:noisy], targets[:noisy]).view(noisy, N, b)
+    cells = [nats[r, n][masked[r, n]] for r in range(noisy) for n in range(N)]
     # 1/t over the T targets is 1 / (T t): the mean over those that are masked.
-    expected = torch.stack([cell.mean() for cell in cells]).mean() if w == 0.5 else torch.cat(cells).mean()
+    cells = [torch.cat(cells)] if model.config.diff_weighting == "flat" else cells
+    expected = torch.stack([cell.mean() for cell in cells]).mean()
     causal = gpt_of(model).nats(inputs, targets).mean()
     loss = w * causal + (1 - w) * expected
     assert model(inputs, targets).item() == pytest.approx(loss.item(), abs=1e-5) and abs(causal - expected) > 1e-3
