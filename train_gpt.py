@@ -1493,10 +1493,12 @@ def check_batch(run: RunConfig, T: int, world_size: int) -> None:
 
 
 def kept_bytes(model: LanguageModel) -> float:
-    """Bytes a token, weights aside, that autograd keeps of the loss on one window of noise; nothing is compiled."""
-    model = copy.deepcopy(model)  # what a forward counts and remembers is no part of the run
+    """Bytes a token, weights aside, that autograd keeps of the loss on one window of noise, uncompiled and on CPU.
+
+    KEPT_COMPILED is of these, and uncompiled CUDA is no better witness: there FlexAttention writes out all scores.
+    """
+    model = copy.deepcopy(model).cpu()  # a copy, for what a forward counts and remembers is no part of the run
     params, T, V, most = list(model.parameters()), model.config.train_seq_len, model.config.vocab_size, 0
-    device = params[0].device
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -1504,8 +1506,8 @@ def kept_bytes(model: LanguageModel) -> float:
             held[storage.data_ptr()] = storage  # held, or its place in memory could be another's before the count
         return x
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        tokens = torch.randint(V, (1, T + 1), device=device)
+    with torch.random.fork_rng(devices=[]):
+        tokens = torch.randint(V, (1, T + 1))
         for fraction in (0.0, *model.progress_switches):
             model.on_progress(fraction)
             made, held = model.materialize(), {}
