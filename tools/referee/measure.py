@@ -16,6 +16,7 @@ from tools.referee.streams import (
     PRE_TOKENS,
     RELABEL_TOKENS,
     TAIL_WINDOWS,
+    WINDOW_STREAMS,
     Geometry,
     Stream,
     behind_a_cut,
@@ -122,7 +123,7 @@ def plan(case: Case, found: Measurement, session: int) -> list[Stream]:
     rng, tokens, shape = case.random(f"session {session}"), found.tokens, found.geometry
     tail = TAIL_WINDOWS * shape.seq_len
     first = [flip(tokens, shape, rng), flip(tokens, shape, rng)]
-    first += [rest_of_a_window(tokens, shape, rng), rest_of_a_window(tokens, shape, rng)]
+    first += [rest_of_a_window(tokens, shape, rng) for _ in range(WINDOW_STREAMS)]
     ranges = CUT_RANGES if session == 1 or case.pre else CUT_RANGES[:2]
     for cut in choose_cuts(len(tokens) - 1, min(shape.stride, max(1, len(tokens) // 8)), rng, ranges):
         first += behind_a_cut(tokens, cut, tail, rng)

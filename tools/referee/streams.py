@@ -19,6 +19,7 @@ from tools.referee.case import Case
 
 CUT_RANGES = ((0.0, 0.05), (0.05, 0.25), (0.25, 1.0))  # of the text; early cuts are cheap, so one is enough late
 TAIL_WINDOWS = 4  # of other tokens behind a cut
+WINDOW_STREAMS = 5  # of a session: what looks at one bit of a later token is seen by half of them
 PRE_TOKENS = 1 << 15  # of the text in the short check
 RELABEL_TOKENS = 1 << 19  # of the stream that holds one window many times
 MOVED_WINDOWS = 48  # more than are scored at once, so that the change and what it must not reach share a batch
