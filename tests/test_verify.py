@@ -234,7 +234,9 @@ FORESIGHT = {
 @pytest.mark.parametrize("what", FORESIGHT)
 def test_verify_catches_a_script_that_looks_at(copy, data, what):
     (copy / "train_gpt.py").write_text(SERVER.format(body=FORESIGHT[what]))
-    assert "of target" in problems(copy, data, "P01")
+    case = verify.open_case(copy, data, seconds=60.0)
+    found = [verify.judge(case, rule) for rule in ("P01", "P05")]  # a bit of a window's end may escape the one
+    assert any(finding.status == "FAIL" and "of target" in "; ".join(finding.problems) for finding in found)
 
 
 def test_verify_lets_a_script_learn_from_what_it_has_scored(copy, data):
