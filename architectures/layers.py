@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from architectures.kernels.cross_entropy import MAX_SOFTCAP, softcapped_cross_entropy
 
-LATER_KEYS: dict[tuple[int, int], Tensor] = {}
+LATER_KEYS: list[Tensor] = []
 MAX_BLOCKED_SEQ_LEN = 1536  # of blocked attention, 1024 and room for pauses: what it keeps for backward grows with T^2
 FUSED_VOCAB_SIZE = 4096  # from here on the streamed loss beats what torch.compile makes of the plain one
 
@@ -220,15 +220,22 @@ def sum_of_blocks(parts: list[Tensor]) -> Tensor:
     return torch.cat(columns, dim=1)
 
 
-@torch.compiler.assume_constant_result  # computed inside the graph it would be made anew, slowly, in every softmax
 def later_keys(rows: int, T: int) -> Tensor:
     """(rows, T) to add to the scores of the last of T queries: -inf where a key is later than the query, else 0.
 
     Without its first n columns it is right for the queries n earlier.
     """
-    if (rows, T) not in LATER_KEYS:  # one tensor for all layers: a graph takes each of its constants once
-        LATER_KEYS[rows, T] = torch.full((rows, T), -torch.inf).triu(T - rows + 1)
-    return LATER_KEYS[rows, T]
+    table = later_keys_table()
+    return table[table.size(0) - rows :, table.size(1) - T :]
+
+
+@torch.compiler.assume_constant_result  # computed inside the graph it would be made anew, slowly, in every softmax
+def later_keys_table() -> Tensor:
+    """later_keys at its largest. One tensor for all layers and lengths: a graph takes each of its constants once."""
+    if not LATER_KEYS:
+        rows, T = block_rows(MAX_BLOCKED_SEQ_LEN), MAX_BLOCKED_SEQ_LEN
+        LATER_KEYS.append(torch.full((rows, T), -torch.inf).triu(T - rows + 1))
+    return LATER_KEYS[0]
 
 
 def short_conv(x: Tensor, taps: Tensor, before: Tensor | None = None) -> Tensor:

@@ -41,6 +41,18 @@ def blocked_calls(monkeypatch) -> list:
     return calls
 
 
+def test_a_graph_can_attend_in_blocks_at_two_lengths(blocked_calls):
+    def both(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return sum(layers.causal_attention(z, z, z).float().square().sum() for z in (x, y))
+
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, T, 16, generator=g).bfloat16().requires_grad_() for T in (256, 96)]
+    found = torch.autograd.grad(torch.compile(both, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    assert len(blocked_calls) >= 2
+    for ours, plain in zip(found, torch.autograd.grad(both(*inputs), inputs), strict=True):
+        assert (ours - plain).float().norm() < 0.03 * plain.float().norm()
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_a_compiled_bf16_step_on_cpu_attends_in_blocks_and_is_as_close_to_fp64_as_the_plain_one(
     blocked_calls, is_causal
