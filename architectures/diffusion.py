@@ -4,13 +4,13 @@ Of the T targets of a window x_0 .. x_T, k are masked, t = k / T. Slot i predict
     causal head  p(x_{i+1} | x_0 .. x_i)     attention looks back,       input n(E x)
     denoiser     q(x_{i+1} | z), z = x masked   attention looks both ways,  input n(E z) + W features(t)
     loss = w mean nats of p + (1 - w) NELBO / T,   w = DIFF_AR_WEIGHT,   w = 1 is gpt
-The denoiser costs more than gpt, for its attention reads twice as much, so it sees DIFF_SHARE of a batch's windows, one
-at least, and all of them with w = 0.
     NELBO = E_{t, z} [1/t sum over masked i of -ln q(x_i | z)] >= -ln p_diffusion(x),   t = 1/T .. 1, equally likely
 To mask each token with probability t in (0, 1) has the same mean and more noise (LLaDA, Nie et al. 2025,
 https://arxiv.org/abs/2502.09992); p_diffusion reveals tokens one by one, in an order drawn at random. DIFF_BLOCK=b does
 all this in each block of b targets, given the clean ones before it (BD3-LM, Arriola et al. 2025,
-https://arxiv.org/abs/2503.09573), whose keys and values are those of the causal pass. What is scored is exact:
+https://arxiv.org/abs/2503.09573), whose keys and values are those of the causal pass. The denoiser costs more than gpt,
+for its attention reads twice as much, so it sees DIFF_SHARE of a batch's windows, one at least, and all of them with
+w = 0. What is scored is exact:
     DIFF_EVAL=ar      p
     DIFF_EVAL=chain   q in the order of the text, all that is not yet predicted masked: T passes over a window
     DIFF_EVAL=block   the same in each block: DIFF_BLOCK passes over both streams

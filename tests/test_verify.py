@@ -235,8 +235,9 @@ FORESIGHT = {
 def test_verify_catches_a_script_that_looks_at(copy, data, what):
     (copy / "train_gpt.py").write_text(SERVER.format(body=FORESIGHT[what]))
     case = verify.open_case(copy, data, seconds=60.0)
-    found = [verify.judge(case, rule) for rule in ("P01", "P05")]  # a bit of a window's end may escape the one
-    assert any(finding.status == "FAIL" and "of target" in "; ".join(finding.problems) for finding in found)
+    rules = ("P01", "P05") if what == "tokens of its window" else ("P01",)  # one bit of a window's end may escape P01
+    found = next((f for f in (verify.judge(case, rule) for rule in rules) if f.status == "FAIL"), None)
+    assert found and found.fix and "of target" in "; ".join(found.problems)
 
 
 def test_verify_lets_a_script_learn_from_what_it_has_scored(copy, data):
