@@ -204,8 +204,9 @@ class BlockedAttention(torch.autograd.Function):
             dweights = torch.bmm(dread, v[:, :seen].mT).view_as(weights)
             dscores = (weights * (dweights - along[:, :, start:end] / total)).to(q.dtype).view(N, -1, seen)
             dq.append(torch.bmm(dscores, k[:, :seen]).view(N, R, end - start, K))
-            dk.append(torch.bmm(dscores.mT, q[:, :, start:end].reshape(N, -1, K)))
-            dv.append(torch.bmm(weights.view(N, -1, seen).mT, dread))
+            # (q^T w)^T, not w^T q: the larger factor is read as it lies.
+            dk.append(torch.bmm(q[:, :, start:end].reshape(N, -1, K).mT, dscores).mT)
+            dv.append(torch.bmm(dread.mT, weights.view(N, -1, seen)).mT)
         return torch.cat(dq, dim=2), sum_of_blocks(dk), sum_of_blocks(dv), None
 
 
