@@ -23,15 +23,16 @@ def test_every_architecture_has_a_row_with_its_paper_and_its_size(tmp_path):
 
 def test_where_an_architecture_stands_is_read_from_records_and_studies(tmp_path):
     arms = {
-        "gpt": {"arch": "gpt", "loss_mean": 2.0, "num_seeds": 5},
-        "wide": {"arch": "ti_mlp", "loss_mean": 2.5, "num_seeds": 5},
-        "ti_mlp": {"arch": "ti_mlp", "loss_mean": 1.9, "num_seeds": 4},
-        "mine": {"arch": "shared", "loss_mean": None, "num_seeds": 0},
+        "gpt": {"arch": "gpt", "all_losses": {"1": 2.0, "2": 3.0, "3": 7.0}},
+        "wide": {"arch": "ti_mlp", "all_losses": {"1": 2.5, "2": 3.1, "3": 6.9}},
+        "mine": {"arch": "ti_mlp", "all_losses": {"1": 1.8, "2": 3.0, "5": 9.0}},
+        "shared": {"arch": "shared", "all_losses": {}},
     }
     (tmp_path / "a_study").mkdir()
     groups = {"same shape": {"baseline": "gpt", "arms": arms}}
     (tmp_path / "a_study" / "statistics_summary.json").write_text(json.dumps({"groups": groups}))
-    assert catalogue.standing("ti_mlp", tmp_path, tmp_path) == "-0.1000 bpb to `gpt` in a_study, same shape (n=4)"
+    found = "-0.1000 bpb to `gpt` by mine in a_study, same shape (n=2)"
+    assert catalogue.standing("ti_mlp", tmp_path, tmp_path) == found
     assert catalogue.standing("shared", tmp_path, tmp_path) == "not compared yet"
     assert "bpb on wikitext2" in catalogue.standing("gpt", tmp_path, catalogue.ROOT / "records")
 

@@ -13,6 +13,7 @@ import re
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
+from statistics import fmean
 
 from architectures import load_architecture, names
 from architectures.layers import ModelConfig
@@ -44,8 +45,15 @@ def knobs(Config: type) -> str:
     return ", ".join(words[:SHOWN_KNOBS]) + (f" and {more} more" if more > 0 else "")
 
 
+def differences(arm: dict, base: dict) -> list[float]:
+    """The arm's score less the base's for each seed that both have, bits per byte."""
+    theirs = base["all_losses"]
+    return [score - theirs[seed] for seed, score in arm["all_losses"].items() if seed in theirs]
+
+
 def standing(arch: str, studies: Path, records: Path) -> str:
-    """The architecture's best record, and in each study its mean difference to gpt in the first group that has both."""
+    """The architecture's best record, and in each study its best arm's mean difference to gpt, seed by seed, in the
+    first group that has both."""
     scores = []
     for path in sorted(records.glob("track_*/*/submission.json")):
         record = read_record(path.parent)
@@ -53,13 +61,14 @@ def standing(arch: str, studies: Path, records: Path) -> str:
             scores.append((record.val_bpb, record.dataset))
     found = [f"{score:.4f} bpb on {dataset}" for score, dataset in sorted(scores)[:1]]
     for path in sorted(studies.glob("*/statistics_summary.json")):
-        for name, group in json.loads(path.read_text())["groups"].items():
-            base = group["arms"][group["baseline"]]
-            arms = [a for a in group["arms"].values() if a["arch"] == arch and a["loss_mean"] is not None]
-            if base["arch"] == "gpt" != arch and arms and base["loss_mean"] is not None:
-                best = min(arms, key=lambda arm: arm["loss_mean"])
-                gain = best["loss_mean"] - base["loss_mean"]
-                found.append(f"{gain:+.4f} bpb to `gpt` in {path.parent.name}, {name} (n={best['num_seeds']})")
+        for group, said in json.loads(path.read_text())["groups"].items():
+            arms, base = said["arms"], said["arms"][said["baseline"]]
+            mine = {name: differences(arm, base) for name, arm in arms.items() if arm["arch"] == arch}
+            if base["arch"] == "gpt" != arch and any(mine.values()):
+                name, by_seed = min(((n, d) for n, d in mine.items() if d), key=lambda pair: fmean(pair[1]))
+                arm = "" if name == arch else f" by {name}"
+                seeds = f"n={len(by_seed)}"
+                found.append(f"{fmean(by_seed):+.4f} bpb to `gpt`{arm} in {path.parent.name}, {group} ({seeds})")
                 break
     return "; ".join(found) or "not compared yet"
 
