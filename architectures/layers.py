@@ -157,7 +157,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tenso
 
 def block_rows(T: int) -> int:
     """Queries of a block: enough to fill a matrix product, few enough that a causal one sees few keys in vain."""
-    return min(T, max(128, -(-T // 8)))
+    return min(T, max(64, -(-T // 8)))
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -180,13 +180,14 @@ class BlockedAttention(torch.autograd.Function):
         ctx.blocks = BlockedAttention.blocks(T, k.size(1), bias is not None)
         parts, kept = [], []
         for start, end, seen in ctx.blocks:
-            scores = torch.bmm(q[:, :, start:end].reshape(N, -1, K), k[:, :seen].mT)
+            keys, values = k[:, :seen].contiguous(), v[:, :seen].contiguous()  # else bmm makes copies, and slower ones
+            scores = torch.bmm(q[:, :, start:end].reshape(N, -1, K), keys.mT)
             scores = scores.view(N, R, end - start, seen).float()
             if bias is not None:
                 scores = scores + bias[start - end :, T - end :]
             weights = (scores - scores.amax(-1, keepdim=True)).exp().to(v.dtype)
             total = weights.sum(-1, keepdim=True, dtype=torch.float32)
-            read = torch.bmm(weights.view(N, -1, seen), v[:, :seen]).view(N, R, end - start, -1)
+            read = torch.bmm(weights.view(N, -1, seen), values).view(N, R, end - start, -1)
             parts.append((read / total).to(v.dtype))
             kept += weights, total
         y = torch.cat(parts, dim=2)
@@ -200,10 +201,11 @@ class BlockedAttention(torch.autograd.Function):
         along = (dy.float() * y.float()).sum(-1, keepdim=True)  # (N, R, T, 1)
         dq, dk, dv = [], [], []
         for (start, end, seen), weights, total in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
+            keys, values = k[:, :seen].contiguous(), v[:, :seen].contiguous()
             dread = (dy[:, :, start:end] / total).to(v.dtype).reshape(N, -1, v.size(-1))
-            dweights = torch.bmm(dread, v[:, :seen].mT).view_as(weights)
+            dweights = torch.bmm(dread, values.mT).view_as(weights)
             dscores = (weights * (dweights - along[:, :, start:end] / total)).to(q.dtype).view(N, -1, seen)
-            dq.append(torch.bmm(dscores, k[:, :seen]).view(N, R, end - start, K))
+            dq.append(torch.bmm(dscores, keys).view(N, R, end - start, K))
             # (q^T w)^T, not w^T q: the larger factor is read as it lies.
             dk.append(torch.bmm(q[:, :, start:end].reshape(N, -1, K).mT, dscores).mT)
             dv.append(torch.bmm(dread.mT, weights.view(N, -1, seen)).mT)

@@ -6,10 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures import layers, load_architecture
+from architectures import load_architecture
 from tools import bench, costs, plain_step
 from tools.logs import read_log
-from tools.plain_step import PlainStep, build, compare, interleave, kit_stepper, measure_step, newton_schulz, table
+from tools.plain_step import (
+    Choices,
+    PlainStep,
+    build,
+    compare,
+    interleave,
+    kit_stepper,
+    measure_step,
+    newton_schulz,
+    table,
+)  # fmt: skip
 from train_gpt import Machine, RunConfig, read_settings
 
 SHAPE = dict(
@@ -97,21 +107,29 @@ def test_step_measures_every_choice_and_says_which_is_the_kits():
     assert all(len(found["raw_seconds_per_step"][name]) == 2 for name in names)
 
 
-def test_a_step_is_timed_in_its_condition_after_one_that_is_not_counted(monkeypatch):
-    monkeypatch.setattr(plain_step.Stepper, "entered", None)
-    seen, conditions = [], (plain_step.as_the_kit, plain_step.with_pytorch_s_attention, plain_step.as_the_kit)
-    for condition in conditions:
-        stepper = plain_step.Stepper(
-            lambda *_: seen.append(layers.MAX_BLOCKED_SEQ_LEN) or torch.zeros(()), None, [0], condition
-        )
-        stepper.lap(2), stepper.lap(2)
-    assert seen == [layers.MAX_BLOCKED_SEQ_LEN] * 5 + [0] * 5 + [layers.MAX_BLOCKED_SEQ_LEN] * 5
+def test_a_choice_that_is_the_kits_is_one_row_and_the_kit_without_it_another():
+    machine = Machine(torch.device("cpu"), dtype=torch.bfloat16, compile=True)
+    found = plain_step.variants(RunConfig(), machine, 1, 8)
+    kit = found["batched Muon + bf16 + compile (kit)"]
+    assert kit.bf16 and kit.compile and not found["batched Muon"].bf16 and found["plain"].plain
+    assert found["kit, PyTorch's attention"].prepare is plain_step.with_pytorch_s_attention
+    assert [name for name in found if name.endswith("(kit)")] == ["batched Muon + bf16 + compile (kit)"]
+    assert len(set(found.values())) == len(found)
 
 
-def test_step_refuses_to_compare_two_different_steps(monkeypatch):
-    monkeypatch.setattr("train_gpt.orthogonalize", lambda matrix, steps, polynomial: 100 * matrix.sign())
-    with pytest.raises(ValueError, match="is another step"):
-        measure_step(*read_settings(SHAPE | {"COMPILE": "0", "BF16": "0"}), rounds=1)
+def test_step_refuses_to_compare_two_different_steps():
+    found = {"plain": Choices(plain=True), "kit": Choices(), "bf16": Choices(bf16=True)}
+    plain_step.check_losses({"plain": [7.0, 6.0], "kit": [7.0, 6.001], "bf16": [7.01, 6.02]}, found)
+    for name in ("kit", "bf16"):
+        with pytest.raises(ValueError, match=f"{name} is another step"):
+            plain_step.check_losses({"plain": [7.0, 6.0], name: [7.0, 6.2]}, found)
+
+
+def test_a_process_that_ends_is_named():
+    elsewhere = plain_step.Elsewhere("kit", "no_such_architecture", RunConfig(), None, Choices())
+    with pytest.raises(ValueError, match="the process of the step 'kit' ended"):
+        elsewhere.answer()
+    elsewhere.close()
 
 
 def test_lengths_set_every_length_beside_the_one_before(tmp_path, monkeypatch):

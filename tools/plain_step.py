@@ -1,32 +1,31 @@
 """The training step as one first writes it, and the kit's step measured in turns with it.
 
 PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz per matrix, torch.optim.Adam. It shares
-the model with train_gpt.py and nothing of the step, so the step is also tested against it. It is timed in a process of
-its own: train_gpt.py sets the C library's allocator, and what that holds would serve both.
+the model with train_gpt.py and nothing of the step, so the step is also tested against it. Every step is timed in a
+process of its own: what one has taken from the C library's allocator, or left there, would serve or cost the others.
 """
 
-import ctypes
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import layers, load_architecture
-from architectures.layers import MAX_BLOCKED_SEQ_LEN, LanguageModel, ModelConfig, is_control
+from architectures.layers import LanguageModel, ModelConfig, is_control
 from train_gpt import (
     MUON_POLYNOMIALS,
     Machine,
     RunConfig,
     Trainer,
+    choose_attention,
     compile_pays,
     keep_freed_memory,
     make_machine,
@@ -36,7 +35,6 @@ from train_gpt import (
 COMPILED_GRAPHS = 256  # of one function by all models here; beyond its own limit torch goes on uncompiled
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-3, 5e-3  # of a loss, relative
 LAP_SECONDS = 0.5
-GLIBC = {-4: 65_536, -3: 32 << 20, -1: 64 << 20}  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD where they settle
 
 
 def newton_schulz(matrix: Tensor, steps: int, polynomial: str = "jordan") -> Tensor:
@@ -142,17 +140,6 @@ def random_batches(run: RunConfig, config: ModelConfig, device: torch.device, co
 def as_the_kit() -> None:
     """The process as train_gpt.py sets it."""
     keep_freed_memory()
-    layers.MAX_BLOCKED_SEQ_LEN = MAX_BLOCKED_SEQ_LEN
-
-
-def with_memory_handed_back() -> None:
-    """The same, but the C library's allocator as a program finds it that does not ask."""
-    as_the_kit()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for parameter, value in GLIBC.items():
-            libc.mallopt(parameter, value)
-        libc.malloc_trim(0)
 
 
 def with_pytorch_s_attention() -> None:
@@ -165,34 +152,32 @@ def as_it_is() -> None:
     """The process as PyTorch finds it."""
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What one process times: PlainStep or the kit's step, and how the process is prepared before it allocates."""
+
+    plain: bool = False
+    bf16: bool = False
+    compile: bool = False
+    micro_batches: int = 1
+    prepare: Callable[[], None] = as_the_kit
+
+
 class Stepper:
-    """A step with its own model, timed, in a condition of the process; from (batch, number of the step) to the loss."""
+    """A step with its own model, timed; from (batch, number of the step) to the loss."""
 
-    entered: ClassVar[Callable[[], None] | None] = None  # the condition that the process is in
-
-    def __init__(self, step: Callable, model: LanguageModel, batches: list[Tensor], condition=as_the_kit):
-        self.step, self.model, self.batches, self.condition, self.done = step, model, batches, condition, 0
-
-    def enter(self) -> bool:
-        """Bring the process into the condition; whether it was in another."""
-        changes = Stepper.entered is not self.condition
-        if changes:
-            Stepper.entered = self.condition
-            self.condition()
-        return changes
+    def __init__(self, step: Callable, model: LanguageModel, batches: list[Tensor]):
+        self.step, self.model, self.batches, self.done = step, model, batches, 0
 
     def take(self, steps: int) -> float:
         """The loss of the last of these steps; the device may queue them, and is waited for at the end."""
-        self.enter()
         for _ in range(steps):
             loss = self.step(self.batches[self.done % len(self.batches)], self.done)
             self.done += 1
         return loss.item()
 
     def lap(self, steps: int) -> float:
-        """Seconds per step over a number of steps; after a change of condition one goes before, not counted."""
-        if self.enter():
-            self.take(1)
+        """Seconds per step over a number of steps."""
         start = time.perf_counter()
         self.take(steps)
         return (time.perf_counter() - start) / steps
@@ -208,18 +193,18 @@ def build(Model, config: ModelConfig, run: RunConfig, device: torch.device) -> L
     return model.to(device)
 
 
-def kit_stepper(
-    model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list, condition=as_the_kit
-) -> Stepper:
+def kit_stepper(model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list) -> Stepper:
     """train_gpt.py's own step, at the base rates."""
     model.compute_dtype = machine.dtype
-    model.choose_kernels(len(batches[0]) // micro_batches, machine.compile, machine.sum)
+    rows = len(batches[0]) // micro_batches
+    choose_attention(model.config, machine, rows)
+    model.choose_kernels(rows, machine.compile, machine.sum)
     trainer = Trainer(model, run, machine, micro_batches)
 
     def step(batch: Tensor, number: int) -> Tensor:
         return trainer.train_step(batch, number, 1.0, lambda: [0.0, 0.0, 0.0])[0]
 
-    return Stepper(step, model, batches, condition)
+    return Stepper(step, model, batches)
 
 
 def chosen_machine(run: RunConfig) -> Machine:
@@ -230,30 +215,50 @@ def chosen_machine(run: RunConfig) -> Machine:
     return machine
 
 
-def serve_plain(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, micro_batches: int) -> None:
-    """Take steps and laps of a PlainStep as asked for, until the process is ended."""
+def serve(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, choices: Choices) -> None:
+    """Take steps and laps of what was chosen as asked for, until the other end is closed."""
+    choices.prepare()
     Model, _ = load_architecture(arch)
-    device = make_machine(replace(run, bf16=False)).device  # no race of number formats: this step's is fp32
-    model = build(Model, config, run, device)
-    step = Stepper(PlainStep(model, run, micro_batches), model, random_batches(run, config, device), as_it_is)
+    machine = make_machine(replace(run, bf16=choices.bf16))
+    machine.compile = choices.compile
+    model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
+    if choices.plain:
+        stepper = Stepper(PlainStep(model, run, choices.micro_batches), model, batches)
+    else:
+        stepper = kit_stepper(model, run, machine, choices.micro_batches, batches)
     torch.manual_seed(run.seed)
+    pipe.send("ready")
     while True:
-        method, steps = pipe.recv()
-        pipe.send(getattr(step, method)(steps))
+        try:
+            method, steps = pipe.recv()
+        except EOFError:
+            return
+        if machine.device.type == "cuda" and method == "lap":
+            stepper.take(1)  # not counted: its memory was given back
+        pipe.send(getattr(stepper, method)(steps))
+        if machine.device.type == "cuda":
+            torch.cuda.empty_cache()  # the others have the same device
 
 
 class Elsewhere:
-    """The Stepper of serve_plain, which another process holds."""
+    """A Stepper in a process of its own, which begins at once and ends after close()."""
 
-    def __init__(self, pipe: Connection):
-        self.pipe = pipe
+    def __init__(self, name: str, *what: object):
+        context = multiprocessing.get_context("spawn")
+        self.name, (self.pipe, there) = name, context.Pipe()
+        self.process = context.Process(target=serve, args=(there, *what), daemon=True)
+        self.process.start()
+        there.close()
+
+    def answer(self) -> float | str:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise ValueError(f"the process of the step {self.name!r} ended; its last words are above") from None
 
     def ask(self, method: str, steps: int) -> float:
-        try:
-            self.pipe.send((method, steps))
-            return self.pipe.recv()
-        except (EOFError, BrokenPipeError):
-            raise ValueError("the process of the plain step ended; its last words are above") from None
+        self.pipe.send((method, steps))
+        return self.answer()
 
     def take(self, steps: int) -> float:
         return self.ask("take", steps)
@@ -261,73 +266,67 @@ class Elsewhere:
     def lap(self, steps: int) -> float:
         return self.ask("lap", steps)
 
-
-@contextmanager
-def plain_elsewhere(arch: str, run: RunConfig, config: ModelConfig, micro_batches: int) -> Iterator[Elsewhere]:
-    """A PlainStep in a process of its own, for the while."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve_plain, args=(there, arch, run, config, micro_batches), daemon=True)
-    process.start()
-    there.close()
-    try:
-        yield Elsewhere(here)
-    finally:
-        process.terminate()
-        process.join()
-        here.close()
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
 
 
-def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, tuple[Machine, int, Callable]]:
-    """(machine, micro-batches, condition) by name: each choice alone, then together, then the kit's without one or
-    otherwise. BF16=0 and COMPILE=0 leave theirs out."""
-    found = {}
+def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, Choices]:
+    """By name: the plain step, each choice alone, then together, then the kit's without one or otherwise. BF16=0 and
+    COMPILE=0 leave theirs out."""
+    found = {"plain": Choices(plain=True, micro_batches=count, prepare=as_it_is)}
+    kit = Choices(bf16=chosen.dtype == torch.bfloat16, compile=chosen.compile, micro_batches=count)
     for compiled in (False,) if run.compile is False else (False, True):
-        for dtype in (torch.float32,) if run.bf16 is False else (torch.float32, torch.bfloat16):
-            words = ["batched Muon"] + ["bf16"] * (dtype == torch.bfloat16) + ["compile"] * compiled
-            mark = " (kit)" if (dtype, compiled) == (chosen.dtype, chosen.compile) else ""
-            found[" + ".join(words) + mark] = replace(chosen, dtype=dtype, compile=compiled), count, as_the_kit
+        for bf16 in (False,) if run.bf16 is False else (False, True):
+            words = ["batched Muon"] + ["bf16"] * bf16 + ["compile"] * compiled
+            choices = replace(kit, bf16=bf16, compile=compiled)
+            found[" + ".join(words) + " (kit)" * (choices == kit)] = choices
     if chosen.device.type == "cpu":
-        found["kit, memory handed back"] = chosen, count, with_memory_handed_back
-        if chosen.compile and chosen.dtype == torch.bfloat16:
-            found["kit, PyTorch's attention"] = chosen, count, with_pytorch_s_attention
+        found["kit, memory handed back"] = replace(kit, prepare=as_it_is)
+        if kit.compile and kit.bf16:
+            found["kit, PyTorch's attention"] = replace(kit, prepare=with_pytorch_s_attention)
     for more in (2, 4):
         if rows % (count * more) == 0:
-            found[f"kit in {count * more} micro-batches"] = chosen, count * more, as_the_kit
+            found[f"kit in {count * more} micro-batches"] = replace(kit, micro_batches=count * more)
     return found
+
+
+def check_losses(losses: dict[str, list[float]], found: dict[str, Choices]) -> None:
+    """ValueError for a step that is not the plain one's: other losses, beyond what its number format explains."""
+    for name, own in losses.items():
+        tolerance = BF16_TOLERANCE if found[name].bf16 else FP32_TOLERANCE
+        if not all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(own, losses["plain"], strict=True)):
+            raise ValueError(f"{name} is another step: losses {own}, the plain one's {losses['plain']}")
 
 
 def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) -> dict:
     """Tokens per second of the kit's step, and of each of its choices alone, against PlainStep on the same batches."""
     (Model, _), chosen = load_architecture(arch), chosen_machine(run)
-    model, batches = build(Model, config, run, chosen.device), random_batches(run, config, chosen.device)
+    model = build(Model, config, run, chosen.device)
     model.compute_dtype = chosen.dtype
     count = micro_batch_count(run, model, chosen)
-    with plain_elsewhere(arch, run, config, count) as plain:
-        steppers, tolerances = {"plain": plain}, {"plain": 0.0}
-        for name, (machine, parts, condition) in variants(run, chosen, count, len(batches[0])).items():
-            model = build(Model, config, run, chosen.device)
-            steppers[name] = kit_stepper(model, run, machine, parts, batches, condition)
-            tolerances[name] = FP32_TOLERANCE if machine.dtype == torch.float32 else BF16_TOLERANCE
-        first_seconds, losses = {}, {}
+    found = variants(run, chosen, count, run.train_batch_tokens // config.train_seq_len)
+    del model
+    steppers, first_seconds, losses = {}, {}, {}
+    with ExitStack() as stack:
+        for name, choices in found.items():
+            steppers[name] = stack.enter_context(closing(Elsewhere(name, arch, run, config, choices)))
+        for stepper in steppers.values():
+            stepper.answer()  # ready
         for name, stepper in steppers.items():
-            torch.manual_seed(run.seed)
             start = time.perf_counter()
             losses[name] = [stepper.take(1)]
             first_seconds[name] = time.perf_counter() - start
             losses[name].append(stepper.take(1))  # the loss after a step: the optimizers are to agree as well
-            for mine, theirs in zip(losses[name], losses["plain"], strict=True):
-                if not math.isclose(mine, theirs, rel_tol=tolerances[name]):
-                    said = f"losses {losses[name]}, the plain one's {losses['plain']}"
-                    raise ValueError(f"{name} is another step: {said}")
-        steps = max(1, round(LAP_SECONDS / plain.lap(2)))
+        check_losses(losses, found)
+        steps = max(1, round(LAP_SECONDS / steppers["plain"].lap(2)))
         seconds = interleave({name: lambda s=s: s.lap(steps) for name, s in steppers.items()}, rounds)
     rows = []
     for row in compare(seconds, "plain"):
         name, speed = row["what"], 1000 * run.train_batch_tokens / row["median_ms"]
         rows.append(row | dict(tokens_per_second=speed, first_seconds=first_seconds[name], first_loss=losses[name][0]))
     notes = [
-        "plain: in a process of its own, as PyTorch finds it; the rest: as train_gpt.py sets its process, or otherwise",
+        "each in a process of its own; plain: as PyTorch finds it; the rest: as train_gpt.py sets it, or otherwise",
         f"n rounds of {steps} step(s); first_seconds: the first call, compilation included; (kit): its choice",
         f"before and after a step the losses are the plain one's within {FP32_TOLERANCE}, bf16 within {BF16_TOLERANCE}",
     ]
