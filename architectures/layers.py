@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from architectures.kernels.cross_entropy import MAX_SOFTCAP, softcapped_cross_entropy
 
-LATER_KEYS: list[Tensor] = []
 MAX_BLOCKED_SEQ_LEN = 1536  # of blocked attention, 1024 and room for pauses: what it keeps for backward grows with T^2
 FUSED_VOCAB_SIZE = 4096  # from here on the streamed loss beats what torch.compile makes of the plain one
 
@@ -228,17 +227,13 @@ def later_keys(rows: int, T: int) -> Tensor:
 
     Without its first n columns it is right for the queries n earlier.
     """
-    table = later_keys_table()
-    return table[table.size(0) - rows :, table.size(1) - T :]
+    return LATER_KEYS[LATER_KEYS.size(0) - rows :, LATER_KEYS.size(1) - T :]
 
 
-@torch.compiler.assume_constant_result  # computed inside the graph it would be made anew, slowly, in every softmax
-def later_keys_table() -> Tensor:
-    """later_keys at its largest. One tensor for all layers and lengths: a graph takes each of its constants once."""
-    if not LATER_KEYS:
-        rows, T = block_rows(MAX_BLOCKED_SEQ_LEN), MAX_BLOCKED_SEQ_LEN
-        LATER_KEYS.append(torch.full((rows, T), -torch.inf).triu(T - rows + 1))
-    return LATER_KEYS[0]
+# At its largest, made once: computed inside a graph it would be made anew, slowly, in every softmax.
+LATER_KEYS = torch.full((block_rows(MAX_BLOCKED_SEQ_LEN), MAX_BLOCKED_SEQ_LEN), -torch.inf).triu(
+    1 + MAX_BLOCKED_SEQ_LEN - block_rows(MAX_BLOCKED_SEQ_LEN)
+)
 
 
 def short_conv(x: Tensor, taps: Tensor, before: Tensor | None = None) -> Tensor:

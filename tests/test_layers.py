@@ -1,8 +1,12 @@
 """The shelf: attention in blocks is the definition, forward and backward, and is what a compiled step on CPU runs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 from architectures import layers
 
@@ -83,3 +87,11 @@ def test_layers_of_blocked_attention_share_a_compiled_graph(blocked_calls):
     want = layers_of(*inputs(SHAPES[1], torch.float32))
     torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
     assert len(blocked_calls) == 2
+
+
+def test_who_only_scores_does_not_wait_for_the_compiler_to_load():
+    lines = "import sys, torch; before = 'torch._dynamo' in sys.modules; import train_gpt, architectures.gpt"
+    told = "print(before or 'torch._dynamo' not in sys.modules)"
+    command = [sys.executable, "-c", f"{lines}; {told}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr

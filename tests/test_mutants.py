@@ -31,7 +31,7 @@ def test_an_unknown_mutant_is_named():
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, selftest.Row]:
-    return {row.name: row for row in selftest.run([*FIRST.values(), *HONEST], [0], 2, lambda line: None)}
+    return {row.name: row for row in selftest.run([*FIRST.values(), *HONEST], [0], 2, lambda line: None, alone=True)}
 
 
 @pytest.mark.parametrize("rule", FIRST)

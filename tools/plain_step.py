@@ -208,7 +208,8 @@ def kit_stepper(model: LanguageModel, run: RunConfig, machine: Machine, micro_ba
 
 
 def chosen_machine(run: RunConfig) -> Machine:
-    """The machine as train_gpt.py would set it up for this run."""
+    """The machine, and this process, as train_gpt.py would set them up for this run."""
+    as_the_kit()
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = COMPILED_GRAPHS
     machine = make_machine(run)
     machine.compile = compile_pays(run, machine.device)[0] if run.compile is None else run.compile

@@ -142,20 +142,23 @@ def validation_text(folder: Path) -> str:
     return model.decode([int(token) for token in data.tokens[:3000] if token != data.bos_id])
 
 
-def rules_for(mutant: Mutant) -> list[str]:
-    """The rules to ask about it: all if it is honest, else the quick ones and those of the kind that must catch it."""
+def rules_for(mutant: Mutant, alone: bool = False) -> list[str]:
+    """The rules to ask about it: all if it is honest, else the quick ones and those of the kind that must catch it, or
+    that one alone."""
     asked = {rule: about["needs"] for rule, about in RULES.items() if about["needs"] != "self-test"}
     if not mutant.rule:
         return list(asked)
+    if alone:
+        return [mutant.rule]
     kinds = {"files", "data", asked[mutant.rule]}
     return [rule for rule, needs in asked.items() if rule == mutant.rule or (needs in kinds and rule not in SLOW)]
 
 
-def examine(mutant: Mutant, folder: Path, data: Data, shadow: Data, seed: int, row: Row) -> None:
+def examine(mutant: Mutant, folder: Path, data: Data, shadow: Data, seed: int, row: Row, alone: bool) -> None:
     """Judge a submission once and add to its row what failed."""
     case = Case(folder, data, shadow if mutant.rule in ("", "P09") else None, seed=seed, seconds=mutant.answer_seconds)
     row.seeds += 1
-    for rule in rules_for(mutant):
+    for rule in rules_for(mutant, alone):
         same = rule != mutant.rule and (rule in SLOW or RULES[rule]["needs"] in ("files", "data"))  # asked once
         finding = row.found.get(rule) if same else None
         finding = row.found[rule] = finding or judge(case, rule)
@@ -166,7 +169,7 @@ def examine(mutant: Mutant, folder: Path, data: Data, shadow: Data, seed: int, r
                 row.example = row.example or finding.problems[0]
 
 
-def judge_one(name: str, folder: Path, seeds: list[int]) -> Row:
+def judge_one(name: str, folder: Path, seeds: list[int], alone: bool = False) -> Row:
     """Makes one submission in the workshop and judges it with every seed; runs in a process of its own."""
     os.environ["OMP_NUM_THREADS"] = "1"  # several run beside each other
     mutant, shop = all_mutants()[name], Workshop(folder)
@@ -174,13 +177,15 @@ def judge_one(name: str, folder: Path, seeds: list[int]) -> Row:
     data = read_data(shop.data_folder(mutant))
     shadow = read_data(shop.data_folders(mutant.vocabulary)[1])
     for seed in seeds:
-        examine(mutant, record, data, shadow, seed, row)
+        examine(mutant, record, data, shadow, seed, row, alone)
     shutil.rmtree(record.parent.parent.parent)
     return row
 
 
-def run(names: list[str], seeds: list[int], workers: int, say: Callable[[str], None]) -> Iterator[Row]:
-    """Yields the row of every submission as it is judged; with names, of those alone."""
+def run(
+    names: list[str], seeds: list[int], workers: int, say: Callable[[str], None], alone: bool = False
+) -> Iterator[Row]:
+    """Yields the row of every submission as it is judged; with names, of those. alone: a cheat by its own rule only."""
     known = all_mutants()
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no mutant {unknown[0]}; there are {', '.join(known)}")
@@ -190,7 +195,7 @@ def run(names: list[str], seeds: list[int], workers: int, say: Callable[[str], N
     with tempfile.TemporaryDirectory(prefix="selftest_") as folder, pool:
         for vocabulary in {mutant.vocabulary for mutant in mutants}:
             Workshop(Path(folder)).data_folders(vocabulary)
-        jobs = [pool.submit(judge_one, mutant.name, Path(folder), seeds) for mutant in mutants]
+        jobs = [pool.submit(judge_one, mutant.name, Path(folder), seeds, alone) for mutant in mutants]
         for job in as_completed(jobs):
             row = job.result()
             say(f"{row.name}: {row.verdict}, {', '.join(row.failed) or 'nothing fails'}")
