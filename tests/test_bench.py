@@ -80,6 +80,16 @@ def test_micro_batches_leave_the_loss_of_the_plain_step_as_it_is():
     assert step(batch, 0).item() == pytest.approx(stepper.take(1), abs=1e-5)
 
 
+def test_the_plain_step_is_the_same_compiled_and_in_bf16_nearly():
+    _, step, other, _, batch = both_steps()
+    other.compute_dtype = torch.bfloat16
+    compiled = PlainStep(other, RunConfig(), micro_batches=2, compiled=True)
+    with torch.compiler.set_stance("force_eager"):  # what is compiled is not the question, and takes a minute
+        losses = [(step(batch, number).item(), compiled(batch, number).item()) for number in range(4)]
+    assert losses[-1][0] < losses[0][0] - 0.2 and all(b == pytest.approx(a, rel=5e-3) for a, b in losses)
+    assert all(p.dtype == torch.float32 for p in other.parameters())
+
+
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
 def test_newton_schulz_brings_singular_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -112,6 +122,9 @@ def test_a_choice_that_is_the_kits_is_one_row_and_the_kit_without_it_another():
     found = plain_step.variants(RunConfig(), machine, 1, 8)
     kit = found["batched Muon + bf16 + compile (kit)"]
     assert kit.bf16 and kit.compile and not found["batched Muon"].bf16 and found["plain"].plain
+    assert found["upstream's"] == Choices(True, True, True, micro_batches=8, prepare=plain_step.as_it_is)
+    assert "upstream's" not in plain_step.variants(RunConfig(bf16=False), machine, 1, 8)
+    assert "upstream's" not in plain_step.variants(RunConfig(), machine, 1, 4)
     assert found["kit, PyTorch's attention"].prepare is plain_step.with_pytorch_s_attention
     assert [name for name in found if name.endswith("(kit)")] == ["batched Muon + bf16 + compile (kit)"]
     assert len(set(found.values())) == len(found)

@@ -1,7 +1,8 @@
 """The training step as one first writes it, and the kit's step measured in turns with it.
 
-PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz per matrix, torch.optim.Adam. It shares
-the model with train_gpt.py and nothing of the step, so the step is also tested against it. Every step is timed in a
+PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz per matrix, torch.optim.Adam; or, as
+upstream runs it, in bf16, compiled, in eight micro-batches. It shares the model with train_gpt.py and nothing of the
+step, so the step is also tested against it. Every step is timed in a
 process of its own: what one has taken from the C library's allocator, or left there, would serve or cost the others.
 """
 
@@ -35,6 +36,7 @@ from train_gpt import (
 COMPILED_GRAPHS = 256  # of one function by all models here; beyond its own limit torch goes on uncompiled
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-3, 5e-3  # of a loss, relative
 LAP_SECONDS = 0.5
+UPSTREAM_MICRO_BATCHES = 8  # on one device
 
 
 def newton_schulz(matrix: Tensor, steps: int, polynomial: str = "jordan") -> Tensor:
@@ -51,8 +53,11 @@ def newton_schulz(matrix: Tensor, steps: int, polynomial: str = "jordan") -> Ten
 class PlainStep:
     """One optimizer step of the model on a batch (rows, T + 1), at the run's base rates; returns the mean loss."""
 
-    def __init__(self, model: LanguageModel, run: RunConfig, micro_batches: int = 1):
+    def __init__(self, model: LanguageModel, run: RunConfig, micro_batches: int = 1, compiled: bool = False):
         self.model, self.run, self.micro_batches = model, run, micro_batches
+        self.loss, self.orthogonalize = (
+            torch.compile(function, dynamic=False) if compiled else function for function in (self.loss, newton_schulz)
+        )
         embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
         head = [] if model.head is None else [model.head.weight]
         rest = [p for p in model.parameters() if all(p is not q for q in embed + head)]
@@ -92,8 +97,9 @@ class PlainStep:
             self.buffers[p].mul_(momentum).add_(p.grad)
             moved = p.grad + momentum * self.buffers[p]
             for weight, update in zip(p.reshape(-1, *p.shape[-2:]), moved.reshape(-1, *p.shape[-2:]), strict=True):
-                scale = max(1.0, weight.size(0) / weight.size(1)) ** 0.5
-                weight.sub_(run.matrix_lr * scale * newton_schulz(update, run.muon_backend_steps, run.muon_polynomial))
+                rate = run.matrix_lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5
+                update = update.to(self.model.compute_dtype)
+                weight.sub_(rate * self.orthogonalize(update, run.muon_backend_steps, run.muon_polynomial))
 
 
 def interleave(laps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -221,10 +227,13 @@ def serve(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, choi
     choices.prepare()
     Model, _ = load_architecture(arch)
     machine = make_machine(replace(run, bf16=choices.bf16))
+    if choices.compile:
+        torch._dynamo.config.recompile_limit = COMPILED_GRAPHS  # a looped Muon's function has every shape
     machine.compile = choices.compile
     model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
     if choices.plain:
-        stepper = Stepper(PlainStep(model, run, choices.micro_batches), model, batches)
+        model.compute_dtype = machine.dtype
+        stepper = Stepper(PlainStep(model, run, choices.micro_batches, choices.compile), model, batches)
     else:
         stepper = kit_stepper(model, run, machine, choices.micro_batches, batches)
     torch.manual_seed(run.seed)
@@ -273,9 +282,11 @@ class Elsewhere:
 
 
 def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, Choices]:
-    """By name: the plain step, each choice alone, then together, then the kit's without one or otherwise. BF16=0 and
-    COMPILE=0 leave theirs out."""
+    """By name: the plain step, as upstream runs it, each choice alone, then together, then the kit's without one or
+    otherwise. BF16=0 and COMPILE=0 leave theirs out."""
     found = {"plain": Choices(plain=True, micro_batches=count, prepare=as_it_is)}
+    if run.compile is not False and run.bf16 is not False and rows % UPSTREAM_MICRO_BATCHES == 0:
+        found["upstream's"] = replace(found["plain"], bf16=True, compile=True, micro_batches=UPSTREAM_MICRO_BATCHES)
     kit = Choices(bf16=chosen.dtype == torch.bfloat16, compile=chosen.compile, micro_batches=count)
     for compiled in (False,) if run.compile is False else (False, True):
         for bf16 in (False,) if run.bf16 is False else (False, True):
@@ -325,9 +336,14 @@ def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) ->
     rows = []
     for row in compare(seconds, "plain"):
         name, speed = row["what"], 1000 * run.train_batch_tokens / row["median_ms"]
-        rows.append(row | dict(tokens_per_second=speed, first_seconds=first_seconds[name], first_loss=losses[name][0]))
+        row |= dict(tokens_per_second=speed, first_seconds=first_seconds[name], first_loss=losses[name][0])
+        rows.append(row)
+    if "upstream's" in seconds:
+        for row, other in zip(rows, compare(seconds, "upstream's"), strict=True):
+            row["over_upstream"] = other["speed"]
     notes = [
         "each in a process of its own; plain: as PyTorch finds it; the rest: as train_gpt.py sets it, or otherwise",
+        f"upstream's: plain, bf16, compiled, {UPSTREAM_MICRO_BATCHES} micro-batches; over_upstream: speed beside it",
         f"n rounds of {steps} step(s); first_seconds: the first call, compilation included; (kit): its choice",
         f"before and after a step the losses are the plain one's within {FP32_TOLERANCE}, bf16 within {BF16_TOLERANCE}",
     ]
