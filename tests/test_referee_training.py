@@ -147,6 +147,7 @@ CLOCK = {
 }
 
 
+@timed
 @pytest.mark.parametrize("what", CLOCK)
 def test_the_clock_catches_a_script_that(by_clock, data, tmp_path, monkeypatch, what):
     change, words = CLOCK[what]
