@@ -19,7 +19,7 @@ from tools.plain_step import (
     measure_step,
     newton_schulz,
     table,
-)  # fmt: skip
+)
 from train_gpt import Machine, RunConfig, read_settings
 
 SHAPE = dict(
@@ -61,7 +61,7 @@ def both_steps(arch: str = "gpt") -> tuple:
     Model, _ = load_architecture(arch)
     machine = Machine(torch.device("cpu"))
     batch = torch.randint(config.vocab_size, (4, 17), generator=torch.Generator().manual_seed(1))
-    plain, ours = (build(Model, config, run, machine.device) for _ in range(2))
+    plain, ours = (build(Model, config, run, machine) for _ in range(2))
     return plain, PlainStep(plain, run), ours, kit_stepper(ours, run, machine, 1, [batch]), batch
 
 
@@ -142,6 +142,8 @@ def test_a_process_that_ends_is_named():
     elsewhere = plain_step.Elsewhere("kit", "no_such_architecture", RunConfig(), None, Choices())
     with pytest.raises(ValueError, match="the process of the step 'kit' ended"):
         elsewhere.answer()
+    with pytest.raises(ValueError, match="the process of the step 'kit' ended"):
+        elsewhere.lap(1)
     elsewhere.close()
 
 

@@ -120,8 +120,7 @@ def make_stepper(arch: str, settings: dict[str, str]) -> Stepper:
     Model, Config = load_architecture(arch)
     run, config = from_env(RunConfig, settings), from_env(Config, settings)
     machine = chosen_machine(run)
-    model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
-    model.compute_dtype = machine.dtype
+    model, batches = build(Model, config, run, machine), random_batches(run, config, machine.device)
     stepper = kit_stepper(model, run, machine, micro_batch_count(run, model, machine), batches)
     stepper.take(3)
     return stepper

@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from statistics import median
@@ -189,19 +189,20 @@ class Stepper:
         return (time.perf_counter() - start) / steps
 
 
-def build(Model, config: ModelConfig, run: RunConfig, device: torch.device) -> LanguageModel:
-    """A model with the run's initial weights, shaken: zero-initialised projections would hide what lies behind them."""
+def build(Model, config: ModelConfig, run: RunConfig, machine: Machine) -> LanguageModel:
+    """A model on the machine, in its number format, with the run's initial weights, shaken: zero-initialised
+    projections would hide what lies behind them."""
     torch.manual_seed(run.seed)
     model = Model(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    return model.to(device)
+    model.compute_dtype = machine.dtype
+    return model.to(machine.device)
 
 
 def kit_stepper(model: LanguageModel, run: RunConfig, machine: Machine, micro_batches: int, batches: list) -> Stepper:
     """train_gpt.py's own step, at the base rates."""
-    model.compute_dtype = machine.dtype
     rows = len(batches[0]) // micro_batches
     choose_attention(model.config, machine, rows)
     model.choose_kernels(rows, machine.compile, machine.sum)
@@ -230,9 +231,8 @@ def serve(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, choi
     if choices.compile:
         torch._dynamo.config.recompile_limit = COMPILED_GRAPHS  # a looped Muon's function has every shape
     machine.compile = choices.compile
-    model, batches = build(Model, config, run, machine.device), random_batches(run, config, machine.device)
+    model, batches = build(Model, config, run, machine), random_batches(run, config, machine.device)
     if choices.plain:
-        model.compute_dtype = machine.dtype
         stepper = Stepper(PlainStep(model, run, choices.micro_batches, choices.compile), model, batches)
     else:
         stepper = kit_stepper(model, run, machine, choices.micro_batches, batches)
@@ -263,11 +263,12 @@ class Elsewhere:
     def answer(self) -> float | str:
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise ValueError(f"the process of the step {self.name!r} ended; its last words are above") from None
 
     def ask(self, method: str, steps: int) -> float:
-        self.pipe.send((method, steps))
+        with suppress(BrokenPipeError):  # the answer, which then will not come, says why
+            self.pipe.send((method, steps))
         return self.answer()
 
     def take(self, steps: int) -> float:
@@ -314,11 +315,8 @@ def check_losses(losses: dict[str, list[float]], found: dict[str, Choices]) -> N
 def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) -> dict:
     """Tokens per second of the kit's step, and of each of its choices alone, against PlainStep on the same batches."""
     (Model, _), chosen = load_architecture(arch), chosen_machine(run)
-    model = build(Model, config, run, chosen.device)
-    model.compute_dtype = chosen.dtype
-    count = micro_batch_count(run, model, chosen)
+    count = micro_batch_count(run, build(Model, config, run, chosen), chosen)
     found = variants(run, chosen, count, run.train_batch_tokens // config.train_seq_len)
-    del model
     steppers, first_seconds, losses = {}, {}, {}
     with ExitStack() as stack:
         for name, choices in found.items():
