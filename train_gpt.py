@@ -116,6 +116,7 @@ class RunConfig:
     device: str | None = None  # cuda, mps or cpu; the first there is
     bf16: bool | None = None  # activations in bf16; where a short race says that it is fast
     compile: bool | None = None  # torch.compile; on CUDA, and on CPU for runs long enough to pay for it
+    cuda_graphs: bool = False  # replay forward and backward: for steps that take longer to launch than to compute
 
     def __post_init__(self) -> None:
         at_least_one = ("iterations", "train_batch_tokens", "train_log_every", "muon_backend_steps")
@@ -1320,14 +1321,20 @@ class Trainer:
                 return torch.func.functional_call(model, weights, (input_ids, target_ids))
             return model(input_ids, target_ids)
 
-        self.loss = torch.compile(loss, dynamic=False, fullgraph=True) if machine.compile else loss
+        options = {"triton.cudagraphs": True} if run.cuda_graphs else None
+        self.loss = torch.compile(loss, dynamic=False, fullgraph=True, options=options) if machine.compile else loss
 
     def backward(self, batch: Tensor) -> Tensor:
         """Leave this rank's mean gradient in .grad; its mean loss, a scalar on the device. batch is (rows, T + 1)."""
         generated = self.model.materialize()
         leaves = {name: value.detach().requires_grad_() for name, value in generated.items()}
         total = torch.zeros((), device=batch.device)
+        if self.run.cuda_graphs:  # a replay writes its gradients where the last one did: they are added to these
+            for p in (*self.optimizers.params, *leaves.values()):
+                p.grad = torch.zeros_like(p)
         for part in batch.chunk(self.micro_batches):
+            if self.run.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             loss = self.loss(leaves, part[:, :-1].contiguous(), part[:, 1:].contiguous()) / self.micro_batches
             loss.backward()
             total += loss.detach()
@@ -1341,7 +1348,8 @@ class Trainer:
         Votes are cast after backward: elapsed seconds, stop after this step, drop this step for it ends too late.
         """
         loss = self.backward(batch)
-        report = torch.cat((loss.float().reshape(1), torch.tensor(votes(), dtype=torch.float32).to(batch.device)))
+        cast = torch.tensor(votes(), pin_memory=batch.is_cuda).to(batch.device, non_blocking=True)
+        report = torch.cat((loss.float().reshape(1), cast))
         report = self.optimizers.exchange(report)
         if not self.machine.lag and report[-1] > 0:
             self.optimizers.muon.wait()
@@ -1351,6 +1359,27 @@ class Trainer:
             self.update_seconds = max(time.perf_counter() - start, 0.9 * self.update_seconds)
         return report
 
+    def make_fit(self, batch: Tensor, log: RunLog) -> None:
+        """Cut the batch into more micro-batches while the device's memory is too small for one; alike on every rank."""
+        while True:
+            full = torch.zeros(1, device=batch.device)
+            try:
+                self.backward(batch)
+            except torch.OutOfMemoryError:
+                full += 1
+            for p in self.optimizers.params:
+                p.grad = None
+            if not self.machine.sum(full).item():
+                return
+            if self.micro_batches == len(batch):
+                raise ValueError(
+                    f"one row of TRAIN_SEQ_LEN={batch.size(1) - 1} is too much for the memory of {batch.device}; "
+                    "shorten it or make the model smaller"
+                )
+            torch.cuda.empty_cache()
+            self.micro_batches = split_rows(len(batch), 1, 0.75 * len(batch) / self.micro_batches)
+            log(f"micro_batches:{self.micro_batches} (more are too large for the memory)")
+
     def warm_up(self, rows: int, log: RunLog) -> float:
         """Run every graph on random tokens, then put everything back; seconds of a step (0 without warm-up)."""
         model, seconds = self.model, 0.0
@@ -1358,17 +1387,22 @@ class Trainer:
         with torch.random.fork_rng(devices=[self.machine.device] if self.machine.device.type == "cuda" else []):
             for fraction in (0.0, *model.progress_switches) if self.run.warmup_steps else ():
                 model.on_progress(fraction)
-                laps = []
-                for _ in range(self.run.warmup_steps):
+                laps = []  # (seconds, of these until the last kernel was launched)
+                for lap in range(self.run.warmup_steps):
                     batch = torch.randint(
                         model.config.vocab_size, (rows, model.config.train_seq_len + 1), device=self.machine.device
                     )
+                    if batch.is_cuda and not lap:
+                        self.make_fit(batch, log)
                     start = time.perf_counter()
-                    self.train_step(batch, 0, 1.0, lambda: [0.0, 0.0, 0.0]).tolist()
-                    laps.append(time.perf_counter() - start)
-                seconds = max(seconds, min(laps))  # the least: compilation and hiccups say nothing about the next step
-                done = f"{self.run.warmup_steps}/{self.run.warmup_steps}"
-                log(f"warmup_step:{done} at_fraction:{fraction} fastest:{1000 * min(laps):.0f}ms")
+                    report = self.train_step(batch, 0, 1.0, lambda: [0.0, 0.0, 0.0])
+                    launched = time.perf_counter() - start
+                    report.tolist()
+                    laps.append((time.perf_counter() - start, launched))
+                fastest, launched = min(laps)  # the least: compilation and hiccups say nothing about the next step
+                seconds = max(seconds, fastest)
+                done = f"{self.run.warmup_steps}/{self.run.warmup_steps} at_fraction:{fraction}"
+                log(f"warmup_step:{done} fastest:{1000 * fastest:.0f}ms launched_after:{1000 * launched:.0f}ms")
         with torch.no_grad():
             for name, t in [*model.named_parameters(), *model.named_buffers()]:
                 t.copy_(kept[name])
@@ -1674,6 +1708,8 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     val_tokens, val_bytes, partial = dataset.validation(run.val_max_tokens)
     machine = make_machine(run)
     machine.compile, why = compile_pays(run, machine.device)
+    if run.cuda_graphs and not (machine.compile and machine.device.type == "cuda"):
+        raise ValueError(f"CUDA_GRAPHS=1 needs CUDA and COMPILE=1, here is {machine.device.type}; unset CUDA_GRAPHS")
     if machine.compile:
         torch._dynamo.config.recompile_limit = 64  # one graph per batch shape of Muon, per switch and score window
     loader = TokenLoader(dataset.train_files, run, model_config, machine)

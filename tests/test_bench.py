@@ -1,5 +1,6 @@
 """The benchmark measures what it says: the same model, the same step, and logs read as they were written."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -119,23 +120,41 @@ def test_step_measures_every_choice_and_says_which_is_the_kits():
 
 def test_a_choice_that_is_the_kits_is_one_row_and_the_kit_without_it_another():
     machine = Machine(torch.device("cpu"), dtype=torch.bfloat16, compile=True)
-    found = plain_step.variants(RunConfig(), machine, 1, 8)
+    counts = {(False, False): 4, (False, True): 2, (True, False): 2, (True, True): 1}
+    found = plain_step.variants(RunConfig(), machine, counts, 8)
     kit = found["batched Muon + bf16 + compile (kit)"]
     assert kit.bf16 and kit.compile and not found["batched Muon"].bf16 and found["plain"].plain
     assert found["upstream's"] == Choices(True, True, True, micro_batches=8, prepare=plain_step.as_it_is)
-    assert "upstream's" not in plain_step.variants(RunConfig(bf16=False), machine, 1, 8)
-    assert "upstream's" not in plain_step.variants(RunConfig(), machine, 1, 4)
+    assert [found[name].micro_batches for name in ("plain", "batched Muon", "batched Muon + bf16")] == [4, 4, 2]
+    assert kit.micro_batches == 1 and found["kit in 4 micro-batches"] == dataclasses.replace(kit, micro_batches=4)
+    assert "upstream's" not in plain_step.variants(RunConfig(bf16=False), machine, counts, 8)
+    assert "upstream's" not in plain_step.variants(RunConfig(), machine, counts, 4)
     assert found["kit, PyTorch's attention"].prepare is plain_step.with_pytorch_s_attention
     assert [name for name in found if name.endswith("(kit)")] == ["batched Muon + bf16 + compile (kit)"]
     assert len(set(found.values())) == len(found)
 
 
-def test_step_refuses_to_compare_two_different_steps():
-    found = {"plain": Choices(plain=True), "kit": Choices(), "bf16": Choices(bf16=True)}
-    plain_step.check_losses({"plain": [7.0, 6.0], "kit": [7.0, 6.001], "bf16": [7.01, 6.02]}, found)
-    for name in ("kit", "bf16"):
-        with pytest.raises(ValueError, match=f"{name} is another step"):
-            plain_step.check_losses({"plain": [7.0, 6.0], name: [7.0, 6.2]}, found)
+def test_only_a_machine_with_cuda_is_asked_for_cuda_graphs():
+    counts = {(bf16, compiled): 1 for bf16 in (False, True) for compiled in (False, True)}
+    for device, there in (("cpu", False), ("cuda", True)):
+        machine = Machine(torch.device(device), dtype=torch.bfloat16, compile=True)
+        assert ("kit, CUDA graphs" in plain_step.variants(RunConfig(), machine, counts, 8)) == there
+
+
+def test_a_step_with_other_losses_is_another_step():
+    plain_step.check_losses([7.0, 6.001], [7.0, 6.0], bf16=False)
+    plain_step.check_losses([7.01, 6.02], [7.0, 6.0], bf16=True)
+    for bf16 in (False, True):
+        with pytest.raises(ValueError, match="another step: losses"):
+            plain_step.check_losses([7.0, 6.2], [7.0, 6.0], bf16)
+
+
+def test_a_step_that_fails_is_a_row_with_its_error_and_costs_the_others_nothing(monkeypatch):
+    broken = dict(plain=Choices(plain=True), kit=Choices(), other=Choices(micro_batches=0))
+    monkeypatch.setattr(plain_step, "variants", lambda *_: broken)
+    found = measure_step(*read_settings(SHAPE | {"COMPILE": "0", "BF16": "0"}), rounds=2)
+    assert not found["ok"] and [row["what"] for row in found["rows"]] == ["plain", "kit", "other"]
+    assert "'other' ended" in found["rows"][2]["error"] and found["rows"][1]["n"] == 2
 
 
 def test_a_process_that_ends_is_named():

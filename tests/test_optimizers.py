@@ -90,6 +90,46 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("make", [lambda: tiny("gpt"), lambda: generated_model()])
+def test_cuda_graphs_gradients_are_added_to_tensors_of_the_trainers_own(make):
+    batch, found = some_tokens(8, 65), []
+    for run in (train_gpt.RunConfig(), train_gpt.RunConfig(cuda_graphs=True)):
+        trainer = train_gpt.Trainer(make(), run, CPU, micro_batches=2)
+        losses = [trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])[0].item() for step in range(3)]
+        params, loss, seen = trainer.optimizers.params, trainer.loss, []
+
+        def watched(*inputs, params=params, loss=loss, seen=seen):
+            seen.append([p.grad.data_ptr() if p.grad is not None else None for p in params])
+            return loss(*inputs)
+
+        trainer.loss = watched
+        trainer.backward(batch)
+        own = [p.grad.data_ptr() for p in params]
+        assert (seen == [own, own]) == run.cuda_graphs  # before either part of the batch had a gradient
+        found.append((losses, [p.grad for p in params]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+
+
+class Large(Gpt):
+    """Has room for two rows."""
+
+    def training_loss(self, input_ids, target_ids):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return super().training_loss(input_ids, target_ids)
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_cut_into_more_parts():
+    torch.manual_seed(0)
+    trainer, lines = train_gpt.Trainer(Large(GptConfig(**SHAPE)), train_gpt.RunConfig(), CPU, micro_batches=1), []
+    trainer.make_fit(some_tokens(12, 65), lines.append)
+    assert [line.split()[0] for line in lines] == [f"micro_batches:{count}" for count in (2, 3, 4, 6)]
+    assert all(p.grad is None for p in trainer.optimizers.params)
+    trainer.model.training_loss = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    with pytest.raises(ValueError, match="one row of TRAIN_SEQ_LEN=64 is too much for the memory of cpu"):
+        trainer.make_fit(some_tokens(12, 65), lines.append)
+
+
 def test_warm_up_leaves_no_trace():
     model = tiny("gpt")
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()

@@ -291,6 +291,7 @@ def test_a_wrong_setting_is_answered_with_one_sentence(monkeypatch, capsys, sett
         (dict(VOCAB_SIZE=100), "VOCAB_SIZE=100 is too small: the tokenizer of topics_bytes has 260"),
         (dict(TRAIN_BATCH_TOKENS=100), "TRAIN_BATCH_TOKENS=100 must be a multiple of TRAIN_SEQ_LEN=32 x 1 ranks = 32"),
         (dict(EVAL_STRIDE=64), "EVAL_STRIDE=64 must be between 1 and EVAL_SEQ_LEN=32"),
+        (dict(CUDA_GRAPHS=1), "CUDA_GRAPHS=1 needs CUDA and COMPILE=1, here is cpu; unset CUDA_GRAPHS"),
         (dict(DEVICE="tpu"), "DEVICE=tpu is not here. Available:"),
         (dict(TRAIN_SEQ_LEN=400_000, TRAIN_BATCH_TOKENS=400_000), "no training shard is longer than two windows"),
     ],

@@ -7,6 +7,7 @@ its own and is asked again until that has ended.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -134,10 +135,20 @@ def timed(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+def other_scans() -> dict[str, Callable]:
+    """The scan of flash-linear-attention, where it is installed, as a function of chunked_scan's arguments."""
+    if not importlib.util.find_spec("fla"):
+        return {}
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return {"chunk_simple_gla": lambda q, k, v, log_decay: chunk_simple_gla(q, k, v, g=log_decay, scale=1.0)[0]}
+
+
 def kernels(device: str, tokens: int = 65_536, lengths: tuple[int, ...] = LENGTHS, rounds: int = 20) -> dict:
     """Scan and delta rule beside attention, cross-entropy beside the plain one, forward and backward, in turns."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows, raw = [], {}
+    rows, raw, others = [], {}, other_scans() if device == "cuda" else {}
+    notes = [f"{tokens} tokens, 8 heads of 64, forward and backward"]
     for T in lengths:
         shape = tokens // T, T, 8, 8, 64, 64, dtype, device
         scans, deltas = ([x.requires_grad_() for x in inputs(*shape)] for inputs in (scan_inputs, delta_inputs))
@@ -147,6 +158,10 @@ def kernels(device: str, tokens: int = 65_536, lengths: tuple[int, ...] = LENGTH
             "scan": lambda x=scans: torch.autograd.grad(chunked_scan(*x).sum(), x),
             "delta": lambda x=deltas: torch.autograd.grad(delta_rule(*x).sum(), x),
         }
+        for name, other in others.items():
+            laps[name] = lambda f=other, x=scans: torch.autograd.grad(f(*x).sum(), x)
+            error = relative_error(other(*scans), chunked_scan(*scans))
+            notes.append(f"{name} T={T}: relative difference to our scan {error:.1e}")
         for work in laps.values():
             work()
         raw[f"T={T}"] = interleave({n: lambda w=w: timed(w, device) for n, w in laps.items()}, rounds)
@@ -169,7 +184,7 @@ def kernels(device: str, tokens: int = 65_536, lengths: tuple[int, ...] = LENGTH
         raw[f"V={V}"] = interleave({n: lambda w=w: timed(w, device) for n, w in laps.items()}, rounds)
         rows += [row | dict(what=f"cross-entropy {row['what']} V={V}", peak_mb=memory.get(row["what"]))
                  for row in compare(raw[f"V={V}"], "eager")]  # fmt: skip
-    return dict(rows=rows, raw_seconds=raw, notes=[f"{tokens} tokens, 8 heads of 64, forward and backward"], ok=True)
+    return dict(rows=rows, raw_seconds=raw, notes=notes, ok=True)
 
 
 def bench(*arguments: str) -> dict:
@@ -188,7 +203,7 @@ def step(hardware: str) -> dict:
     found = bench("step", "--rounds", "5", "--tokens", "524288")
     params = config.num_params() * 6 + 12 * config.num_layers * config.train_seq_len * config.model_dim // 2
     peak = next((value for name, value in PEAK_TFLOPS.items() if name in hardware), None)
-    for row in found["rows"]:
+    for row in (row for row in found["rows"] if "error" not in row):
         row["mfu"] = peak and row["tokens_per_second"] * params / peak / 1e12
     found["notes"].append(f"attention: {attention}; mfu: 6 operations per parameter and token, causal attention halved")
     return found

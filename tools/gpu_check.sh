@@ -8,13 +8,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+source=(); [ -z "${WHEELS:-}" ] || source=(--no-index --find-links "$WHEELS")
+install() { "$python" -m pip install --quiet --disable-pip-version-check "${source[@]}" "$@"; }
 missing=()
 for package in numpy zstandard sentencepiece tqdm; do
     "$python" -c "import $package" 2>/dev/null || missing+=("$package")
 done
-if [ ${#missing[@]} -gt 0 ]; then
-    source=(); [ -z "${WHEELS:-}" ] || source=(--no-index --find-links "$WHEELS")
-    "$python" -m pip install --quiet --disable-pip-version-check "${source[@]}" "${missing[@]}" \
-        || { echo "error: ${missing[*]} cannot be installed; put their wheels into a folder and name it in WHEELS" >&2; exit 1; }
+if [ ${#missing[@]} -gt 0 ] && ! install "${missing[@]}"; then
+    echo "error: ${missing[*]} cannot be installed; put their wheels into a folder and name it in WHEELS" >&2
+    exit 1
+fi
+# Its scan stands beside ours; without it that row is left out.
+if "$python" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && ! "$python" -c "import fla" 2>/dev/null; then
+    install fla-core einops || echo "fla-core cannot be installed: its scan is left out" >&2
 fi
 exec "$python" -m tools.gpu_check "$@"

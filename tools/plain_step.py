@@ -6,10 +6,11 @@ step, so the step is also tested against it. Every step is timed in a
 process of its own: what one has taken from the C library's allocator, or left there, would serve or cost the others.
 """
 
+import itertools
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
@@ -166,6 +167,7 @@ class Choices:
     bf16: bool = False
     compile: bool = False
     micro_batches: int = 1
+    cuda_graphs: bool = False
     prepare: Callable[[], None] = as_the_kit
 
 
@@ -235,7 +237,8 @@ def serve(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, choi
     if choices.plain:
         stepper = Stepper(PlainStep(model, run, choices.micro_batches, choices.compile), model, batches)
     else:
-        stepper = kit_stepper(model, run, machine, choices.micro_batches, batches)
+        graphs = replace(run, cuda_graphs=choices.cuda_graphs)
+        stepper = kit_stepper(model, graphs, machine, choices.micro_batches, batches)
     torch.manual_seed(run.seed)
     pipe.send("ready")
     while True:
@@ -282,68 +285,103 @@ class Elsewhere:
         self.process.join()
 
 
-def variants(run: RunConfig, chosen: Machine, count: int, rows: int) -> dict[str, Choices]:
+def micro_batch_counts(Model, config: ModelConfig, run: RunConfig, chosen: Machine) -> dict[tuple[bool, bool], int]:
+    """By (bf16, compile): the micro-batches of the kit, whose number follows from what a forward keeps in memory."""
+    counts = {}
+    for bf16, compiled in itertools.product((False, True), repeat=2):
+        machine = replace(chosen, dtype=torch.bfloat16 if bf16 else torch.float32, compile=compiled)
+        counts[bf16, compiled] = micro_batch_count(run, build(Model, config, run, machine), machine)
+    return counts
+
+
+def variants(
+    run: RunConfig, chosen: Machine, counts: dict[tuple[bool, bool], int], rows: int
+) -> dict[str, Choices]:
     """By name: the plain step, as upstream runs it, each choice alone, then together, then the kit's without one or
     otherwise. BF16=0 and COMPILE=0 leave theirs out."""
-    found = {"plain": Choices(plain=True, micro_batches=count, prepare=as_it_is)}
+    plain = Choices(plain=True, micro_batches=counts[False, False], prepare=as_it_is)
+    found = {"plain": plain}
     if run.compile is not False and run.bf16 is not False and rows % UPSTREAM_MICRO_BATCHES == 0:
-        found["upstream's"] = replace(found["plain"], bf16=True, compile=True, micro_batches=UPSTREAM_MICRO_BATCHES)
-    kit = Choices(bf16=chosen.dtype == torch.bfloat16, compile=chosen.compile, micro_batches=count)
+        found["upstream's"] = replace(plain, bf16=True, compile=True, micro_batches=UPSTREAM_MICRO_BATCHES)
+    choice = chosen.dtype == torch.bfloat16, chosen.compile
     for compiled in (False,) if run.compile is False else (False, True):
         for bf16 in (False,) if run.bf16 is False else (False, True):
             words = ["batched Muon"] + ["bf16"] * bf16 + ["compile"] * compiled
-            choices = replace(kit, bf16=bf16, compile=compiled)
-            found[" + ".join(words) + " (kit)" * (choices == kit)] = choices
+            name = " + ".join(words) + " (kit)" * ((bf16, compiled) == choice)
+            found[name] = Choices(bf16=bf16, compile=compiled, micro_batches=counts[bf16, compiled])
+    kit = Choices(bf16=choice[0], compile=choice[1], micro_batches=counts[choice])
     if chosen.device.type == "cpu":
         found["kit, memory handed back"] = replace(kit, prepare=as_it_is)
         if kit.compile and kit.bf16:
             found["kit, PyTorch's attention"] = replace(kit, prepare=with_pytorch_s_attention)
-    for more in (2, 4):
-        if rows % (count * more) == 0:
-            found[f"kit in {count * more} micro-batches"] = replace(kit, micro_batches=count * more)
+    if chosen.device.type == "cuda" and kit.compile:
+        found["kit, CUDA graphs"] = replace(kit, cuda_graphs=True)
+    for count in (2 * kit.micro_batches, 4 * kit.micro_batches):
+        if rows % count == 0:
+            found[f"kit in {count} micro-batches"] = replace(kit, micro_batches=count)
     return found
 
 
-def check_losses(losses: dict[str, list[float]], found: dict[str, Choices]) -> None:
-    """ValueError for a step that is not the plain one's: other losses, beyond what its number format explains."""
-    for name, own in losses.items():
-        tolerance = BF16_TOLERANCE if found[name].bf16 else FP32_TOLERANCE
-        if not all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(own, losses["plain"], strict=True)):
-            raise ValueError(f"{name} is another step: losses {own}, the plain one's {losses['plain']}")
+def check_losses(losses: list[float], plain: list[float], bf16: bool) -> None:
+    """ValueError for a step that is not the plain one: other losses, beyond what its number format explains."""
+    tolerance = BF16_TOLERANCE if bf16 else FP32_TOLERANCE
+    if not all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(losses, plain, strict=True)):
+        raise ValueError(f"another step: losses {losses}, the plain one's {plain}")
+
+
+def first_steps(stepper: Elsewhere) -> tuple[float, list[float]]:
+    """(seconds of the first step, losses of the first two): the second loss tells whether the optimizers agree."""
+    start = time.perf_counter()
+    loss = stepper.take(1)
+    return time.perf_counter() - start, [loss, stepper.take(1)]
 
 
 def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) -> dict:
     """Tokens per second of the kit's step, and of each of its choices alone, against PlainStep on the same batches."""
     (Model, _), chosen = load_architecture(arch), chosen_machine(run)
-    count = micro_batch_count(run, build(Model, config, run, chosen), chosen)
-    found = variants(run, chosen, count, run.train_batch_tokens // config.train_seq_len)
-    steppers, first_seconds, losses = {}, {}, {}
+    counts = micro_batch_counts(Model, config, run, chosen)
+    found = variants(run, chosen, counts, run.train_batch_tokens // config.train_seq_len)
+    errors = {}
+
+    def answers(names: Iterable[str], question: Callable[[str], object]) -> dict[str, object]:
+        """By name; a step that fails is left out of what follows, but for the plain one, by which all are measured."""
+        given = {}
+        for name in names:
+            try:
+                given[name] = question(name)
+            except ValueError as error:
+                if name == "plain":
+                    raise
+                errors[name] = str(error)
+        return given
+
     with ExitStack() as stack:
-        for name, choices in found.items():
-            steppers[name] = stack.enter_context(closing(Elsewhere(name, arch, run, config, choices)))
-        for stepper in steppers.values():
-            stepper.answer()  # ready
-        for name, stepper in steppers.items():
-            start = time.perf_counter()
-            losses[name] = [stepper.take(1)]
-            first_seconds[name] = time.perf_counter() - start
-            losses[name].append(stepper.take(1))  # the loss after a step: the optimizers are to agree as well
-        check_losses(losses, found)
+        steppers = {
+            name: stack.enter_context(closing(Elsewhere(name, arch, run, config, choices)))
+            for name, choices in found.items()
+        }
+        ready = answers(found, lambda name: steppers[name].answer())
+        began = answers(ready, lambda name: first_steps(steppers[name]))
+        losses = {name: both for name, (_, both) in began.items()}
+        right = answers(began, lambda name: check_losses(losses[name], losses["plain"], found[name].bf16))
         steps = max(1, round(LAP_SECONDS / steppers["plain"].lap(2)))
-        seconds = interleave({name: lambda s=s: s.lap(steps) for name, s in steppers.items()}, rounds)
+        seconds = interleave({name: lambda s=steppers[name]: s.lap(steps) for name in right}, rounds)
     rows = []
     for row in compare(seconds, "plain"):
         name, speed = row["what"], 1000 * run.train_batch_tokens / row["median_ms"]
-        row |= dict(tokens_per_second=speed, first_seconds=first_seconds[name], first_loss=losses[name][0])
-        rows.append(row)
-    if "upstream's" in seconds:
-        for row, other in zip(rows, compare(seconds, "upstream's"), strict=True):
-            row["over_upstream"] = other["speed"]
+        row |= dict(micro_batches=found[name].micro_batches, tokens_per_second=speed)
+        rows.append(row | dict(first_seconds=began[name][0], first_loss=losses[name][0]))
     notes = [
         "each in a process of its own; plain: as PyTorch finds it; the rest: as train_gpt.py sets it, or otherwise",
-        f"upstream's: plain, bf16, compiled, {UPSTREAM_MICRO_BATCHES} micro-batches; over_upstream: speed beside it",
         f"n rounds of {steps} step(s); first_seconds: the first call, compilation included; (kit): its choice",
         f"before and after a step the losses are the plain one's within {FP32_TOLERANCE}, bf16 within {BF16_TOLERANCE}",
     ]
+    if "upstream's" in seconds:
+        for row, other in zip(rows, compare(seconds, "upstream's"), strict=True):
+            row["over_upstream"] = other["speed"]
+        words = f"plain, bf16, compiled, {UPSTREAM_MICRO_BATCHES} micro-batches"
+        notes.append(f"over_upstream: speed beside upstream's: {words}")
+    rows += [dict(what=name, error=error) for name, error in errors.items()]
     settings = dict(arch=arch, train_batch_tokens=run.train_batch_tokens, steps_per_lap=steps, **asdict(config))
-    return dict(settings=settings, raw_seconds_per_step=seconds, losses=losses, rows=rows, notes=notes, ok=True)
+    raw = dict(raw_seconds_per_step=seconds, losses=losses)
+    return dict(settings=settings) | raw | dict(rows=rows, notes=notes, ok=not errors)
