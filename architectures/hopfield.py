@@ -71,10 +71,10 @@ class Energy(nn.Module):
 
     def scene(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """What is held on the way down: queries (B, H, T, K); keys and values (B, H or fewer, T, 2 K)."""
-        q, k = self.split(self.query(g), self.num_heads), self.split(self.key(g), self.num_kv_heads)
-        q, k = self.rotary(rms_norm(q)), self.rotary(rms_norm(k))
+        q = rms_norm(self.query(g).unflatten(2, (self.num_heads, -1)), self.q_gain[:, None])  # (B, T, H, K)
+        k = rms_norm(self.key(g).unflatten(2, (self.num_kv_heads, -1)))
         v = self.split(self.value(g), self.num_kv_heads)
-        return q * self.q_gain.to(q.dtype)[:, None, None], torch.cat((k, v), dim=-1)
+        return self.rotary(q).transpose(1, 2), torch.cat((self.rotary(k).transpose(1, 2), v), dim=-1)
 
     def forward(self, g: Tensor, scene: tuple[Tensor, Tensor]) -> Tensor:
         """The energy of each position, (B, T). It depends on g at that position and on the scene up to it."""

@@ -82,21 +82,31 @@ def is_control(param: Tensor) -> bool:
     return getattr(param, "is_control", False) or param.ndim < 2
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square along the last dimension (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+    """x over its root mean square along the last dimension (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467),
+    times a gain (..., 1), which changes what a row is divided by: its gradient comes with that of the norm.
+    """
+    if gain is None:
+        return F.rms_norm(x, (x.size(-1),))
+    wide = x.to(torch.promote_types(x.dtype, gain.dtype))
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + torch.finfo(wide.dtype).eps)
+    return (wide * (scale * gain)).to(x.dtype)
 
 
 class Linear(nn.Linear):
     """Bias-free linear whose fp32 weight is cast to the activation's dtype at matmul time."""
+
+    takes_scale = True
 
     def __init__(self, in_features: int, out_features: int, zero_init: bool = False):
         super().__init__(in_features, out_features, bias=False)
         if zero_init:
             nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x (..., in) to (..., out), the output's channels times scale (out)."""
+        weight = self.weight if scale is None else self.weight * scale[:, None]
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Rotary(nn.Module):
@@ -116,11 +126,11 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, T, K) with position t's pairs turned by t times their frequency."""
-        T = x.size(-2)
+        """x (B, T, H, K) with position t's pairs turned by t times their frequency."""
+        T = x.size(1)
         cos, sin = (self.cos[:T], self.sin[:T]) if self.cos.size(0) >= T else self.tables(T, x.device)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        first, second = x.chunk(2, dim=-1)  # each (B, H, T, K / 2)
+        cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+        first, second = x.chunk(2, dim=-1)  # each (B, T, H, K / 2)
         return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
@@ -241,16 +251,56 @@ def short_conv(x: Tensor, taps: Tensor, before: Tensor | None = None) -> Tensor:
 
     before (B, d_conv - 1, n) is what came before x; None: zeros.
     """
+    if before is None and torch.compiler.is_compiling():
+        return ShortConv.apply(x, taps)
     padded = F.pad(x, (0, 0, taps.size(1) - 1, 0)) if before is None else torch.cat((before, x), dim=1)
     return sum(padded[:, i : i + x.size(1)] * tap for i, tap in enumerate(taps.to(x.dtype).unbind(1)))
+
+
+class ShortConv(torch.autograd.Function):
+    """The convolution after zeros, for a compiler: a kernel of its making reads a shifted x as it lies, and the padded
+    copy is never in memory. The gradients are written out, for those derived go by the copies that were made before.
+    """
+
+    @staticmethod
+    def shifted(x: Tensor, steps: int) -> Tensor:
+        """x (B, T, n) that many steps later, zeros where there is none."""
+        return F.pad(x, (0, 0, steps, -steps)) if abs(steps) < x.size(1) else torch.zeros_like(x)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(x, taps)
+        late = reversed(range(taps.size(1)))
+        return sum(ShortConv.shifted(x, i) * tap for i, tap in zip(late, taps.to(x.dtype).unbind(1), strict=True))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, taps = ctx.saved_tensors
+        earlier = [ShortConv.shifted(dy, -i) for i in reversed(range(taps.size(1)))]
+        dx = sum(d * tap for d, tap in zip(earlier, taps.to(x.dtype).unbind(1), strict=True))
+        # Not dy times a later x: what the forward pass has made already would be kept for it.
+        return dx, torch.stack([(d * x).sum((0, 1), dtype=taps.dtype) for d in earlier], dim=1)
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
+def scaled(layer: nn.Module, x: Tensor, scale: Tensor | None) -> Tensor:
+    """layer(x), (B, T, D), its channels times scale (D), if there is one.
+
+    A layer with `takes_scale` ends in a Linear and has the scale multiply that matrix: then nothing is computed per
+    token, and nothing is kept of the layer's output or read again for the gradient of the scale.
+    """
+    if scale is None:
+        return layer(x)
+    return layer(x, scale) if getattr(layer, "takes_scale", False) else scale.to(x.dtype) * layer(x)
+
+
 class CausalSelfAttention(nn.Module):
     """Grouped-query softmax attention with QK-norm and RoPE (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
+
+    takes_scale = True
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -263,16 +313,15 @@ class CausalSelfAttention(nn.Module):
         self.q_gain = control(nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init)))
         self.out = Linear(config.model_dim, config.model_dim, zero_init=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees positions up to t."""
         B, T, D = x.shape
-        q = self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, K)
-        k = self.key(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        v = self.value(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        q, k = self.rotary(rms_norm(q)), self.rotary(rms_norm(k))
-        q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = self.attend(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+        # (B, T, H, K) up to attention: a compiler makes one kernel of norm and rotation if both go by the same order.
+        q = rms_norm(self.query(x).view(B, T, self.num_heads, -1), self.q_gain[:, None])
+        k = rms_norm(self.key(x).view(B, T, self.num_kv_heads, -1))
+        v = self.value(x).view(B, T, self.num_kv_heads, -1)
+        y = self.attend(*(heads.transpose(1, 2) for heads in (self.rotary(q), self.rotary(k), v)))
+        return scaled(self.out, y.transpose(1, 2).reshape(B, T, D), scale)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What is read, (B, H, T, K), by q (B, H, T, K) of k, v (B, num_kv_heads, T, K)."""
@@ -282,13 +331,15 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """relu^2 MLP (So et al. 2021, https://arxiv.org/abs/2109.08668)."""
 
+    takes_scale = True
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.up = Linear(config.model_dim, config.mlp_mult * config.model_dim)
         self.down = Linear(config.mlp_mult * config.model_dim, config.model_dim, zero_init=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return scaled(self.down, F.relu(self.up(x)).square(), scale)
 
 
 class Block(nn.Module):
@@ -308,8 +359,8 @@ class Block(nn.Module):
         """x and x0 (B, T, D) to (B, T, D); x0 is the normalised embedding."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.mixer_scale.to(x.dtype) * self.mixer(rms_norm(x))
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+        x = x + scaled(self.mixer, rms_norm(x), self.mixer_scale)
+        return x + scaled(self.mlp, rms_norm(x), self.mlp_scale)
 
 
 class LanguageModel(nn.Module):

@@ -32,6 +32,7 @@ from architectures.layers import (
     control,
     inverse_softplus,
     rms_norm,
+    scaled,
     short_conv,
 )
 from architectures.time_index import one_of
@@ -119,6 +120,8 @@ class Recurrent(nn.Module):
     and the state before, None for none.
     """
 
+    takes_scale = True
+
     def __init__(self, config: Config, num_keys: int, num_rates: int, state: tuple[int, ...]):
         super().__init__()
         D, inner, self.heads, self.chunk_size = config.model_dim, config.d_inner, config.heads, config.chunk_size
@@ -143,7 +146,7 @@ class Recurrent(nn.Module):
         self.tail.copy_(torch.cat((before, x), dim=1)[0, x.size(1) :])
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees positions up to t and, while carrying, all rows before its own."""
         shape = x.shape
         if self.carrying:
@@ -153,7 +156,7 @@ class Recurrent(nn.Module):
         if self.carrying:
             self.state.copy_(state)
         y = rms_norm(y).flatten(2)
-        return self.out(y if self.gate is None else y * F.silu(self.gate(x))).view(shape)
+        return scaled(self.out, y if self.gate is None else y * F.silu(self.gate(x)), scale).view(shape)
 
 
 class Mamba2(Recurrent):
@@ -217,23 +220,25 @@ class BlockAttention(CausalSelfAttention):
         super().__init__(config)
         self.window = config.ssm_attn_window
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees those of its block up to t."""
         B, T, D = x.shape
         window = min(self.window, T)
         blocks = F.pad(x, (0, 0, 0, -T % window)).view(-1, window, D)
-        return super().forward(blocks).view(B, -1, D)[:, :T]
+        return super().forward(blocks, scale).view(B, -1, D)[:, :T]
 
 
 class Sum(nn.Module):
     """Mixers side by side, on the same input."""
 
+    takes_scale = True
+
     def __init__(self, *mixers: nn.Module):
         super().__init__()
         self.mixers = nn.ModuleList(mixers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return sum(mixer(x) for mixer in self.mixers)
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return sum(mixer(x, scale) for mixer in self.mixers)
 
 
 class Model(LanguageModel):

@@ -26,7 +26,7 @@ from architectures.kernels.cross_entropy import MAX_SOFTCAP
 from architectures.kernels.fused_mlp import relu2_mlp
 from architectures.kernels.fused_norm import MAX_NORM_DIM, mix_norm
 from architectures.kernels.fused_qk import qk_norm_rope
-from architectures.layers import MLP, CausalSelfAttention, LanguageModel, ModelConfig, causal_attention
+from architectures.layers import MLP, CausalSelfAttention, LanguageModel, ModelConfig, causal_attention, scaled
 
 FUSED = ("ce", "norm", "mlp", "qk")
 LEAST_GAIN, LAPS = 1.01, 20  # of a step of two layers; of each contender
@@ -68,10 +68,10 @@ class FusedAttention(CausalSelfAttention):
 
     fused = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees positions up to t."""
         if not (self.fused and self.training):
-            return super().forward(x)
+            return super().forward(x, scale)
         B, T, D = x.shape
         weight = torch.cat((self.query.weight, self.key.weight, self.value.weight)).to(x.dtype)
         rotary = self.rotary
@@ -79,23 +79,24 @@ class FusedAttention(CausalSelfAttention):
         cos, sin = (table.to(x.dtype) for table in tables)  # as gpt rounds them: training and scoring turn alike
         heads = qk_norm_rope(F.linear(x, weight), self.q_gain, cos, sin)  # each (B, T, heads, K)
         y = causal_attention(*(h.transpose(1, 2) for h in heads))
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+        return scaled(self.out, y.transpose(1, 2).reshape(B, T, D), scale)
 
 
 class FusedMLP(nn.Module):
     """gpt's MLP, of the same two layers; in training, if `fused`, relu^2 is evaluated where the products end."""
 
-    fused = False
+    fused, takes_scale = False, True
 
     def __init__(self, plain: MLP):
         super().__init__()
         self.up, self.down = plain.up, plain.down
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         if not (self.fused and self.training):
-            return MLP.forward(self, x)
-        return relu2_mlp(x, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
+            return MLP.forward(self, x, scale)
+        down = self.down.weight if scale is None else self.down.weight * scale[:, None]
+        return relu2_mlp(x, self.up.weight.to(x.dtype), down.to(x.dtype))
 
 
 def speedup(plain: Callable[[], Tensor], fused: Callable[[], Tensor], laps: int = LAPS) -> float:

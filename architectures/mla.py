@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from architectures.layers import LanguageModel, Linear, ModelConfig, Rotary, causal_attention, control, rms_norm
+from architectures.layers import LanguageModel, Linear, ModelConfig, Rotary, causal_attention, control, rms_norm, scaled
 from architectures.time_index import one_of
 
 
@@ -56,6 +56,8 @@ class Config(ModelConfig):
 class LatentAttention(nn.Module):
     """Causal softmax attention whose keys and values share one latent."""
 
+    takes_scale = True
+
     def __init__(self, config: Config):
         super().__init__()
         D, K, R = config.model_dim, config.head_dim, config.rope_dims
@@ -69,23 +71,22 @@ class LatentAttention(nn.Module):
         self.q_gain = control(nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init)))
         self.out = Linear(D, D, zero_init=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees positions up to t."""
         B, T, D = x.shape
         c = rms_norm(self.latent(x))  # (B, T, latent)
-        q = rms_norm(self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2))  # (B, H, T, K)
-        k = rms_norm(self.key(c).view(B, T, self.num_kv_heads, -1).transpose(1, 2))
-        v = self.value(c).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        q = rms_norm(self.query(x).view(B, T, self.num_heads, -1), self.q_gain[:, None])  # (B, T, H, K)
+        k = rms_norm(self.key(c).view(B, T, self.num_kv_heads, -1))
+        v = self.value(c).view(B, T, self.num_kv_heads, -1)
         if self.rotated_key is None:
             q, k = self.rotary(q), self.rotary(k)
         else:
             still = q.size(-1) - self.rope_dims
             q = torch.cat((q[..., :still], self.rotary(q[..., still:])), dim=-1)
-            turned = self.rotary(rms_norm(self.rotated_key(x))[:, None])  # (B, 1, T, R)
-            k = torch.cat((k, turned.expand(-1, self.num_kv_heads, -1, -1)), dim=-1)
-        q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = causal_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+            turned = self.rotary(rms_norm(self.rotated_key(x))[:, :, None])  # (B, T, 1, R)
+            k = torch.cat((k, turned.expand(-1, -1, self.num_kv_heads, -1)), dim=-1)
+        y = causal_attention(*(heads.transpose(1, 2) for heads in (q, k, v)))
+        return scaled(self.out, y.transpose(1, 2).reshape(B, T, D), scale)
 
 
 class Model(LanguageModel):

@@ -109,10 +109,10 @@ class NeighbourAttention(CausalSelfAttention):
         super().__init__(config)
         self.distance, self.neighbours = 1, config.nca_neighbours
 
-    def forward(self, x: Tensor, distance: int) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None, distance: int = 1) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees t, t - distance, t - 2 distance ..."""
         self.distance = distance
-        return super().forward(x)
+        return super().forward(x, scale)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return neighbour_attention(q, k, v, self.distance, self.neighbours)
@@ -125,8 +125,8 @@ class Rule(Block):
         """x and x0 (B, T, D) to (B, T, D); x0 is the normalised embedding."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.mixer_scale.to(x.dtype) * self.mixer(rms_norm(x), distance)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+        x = x + self.mixer(rms_norm(x), self.mixer_scale, distance)
+        return x + self.mlp(rms_norm(x), self.mlp_scale)
 
 
 class Sheet(nn.Module):

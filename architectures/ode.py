@@ -68,9 +68,9 @@ class Slope(nn.Module):
 
     def forward(self, x: Tensor, step: Tensor | float) -> Tensor:
         """The slope at x (B, T, D), same shape; step is how far a sequential MLP follows attention."""
-        slope = self.mixer_scale.to(x.dtype) * self.mixer(rms_norm(x))
+        slope = self.mixer(rms_norm(x), self.mixer_scale)
         x = x + step * slope if self.sequential else x
-        return slope + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+        return slope + self.mlp(rms_norm(x), self.mlp_scale)
 
 
 class OdeStack(TimeIndexed):
@@ -78,6 +78,8 @@ class OdeStack(TimeIndexed):
 
     def __init__(self, config: OdeConfig):
         super().__init__(config)
+        within = torch.tensor([time for time, _, _ in SOLVERS[config.ode_solver]])
+        self.register_buffer("within", within, persistent=False)
         if config.ode_dt == "learn":
             self.step = control(nn.Parameter(torch.full((config.model_dim,), 1 / config.num_layers)))
 
@@ -99,10 +101,8 @@ class OdeStack(TimeIndexed):
 
     def times(self) -> Tensor:
         """The time of every evaluation, (depth,)."""
-        solver = SOLVERS[self.config.ode_solver]
-        num_steps = self.depth // len(solver)
-        within = torch.tensor([time for time, _, _ in solver], device=self.embed.weight.device)
-        return ((torch.arange(num_steps, device=within.device)[:, None] + within) / num_steps).flatten()
+        num_steps = self.depth // len(self.within)
+        return ((torch.arange(num_steps, device=self.within.device)[:, None] + self.within) / num_steps).flatten()
 
     def step_size(self) -> Tensor | float:
         """Of one evaluation; another depth covers the same distance."""

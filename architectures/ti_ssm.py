@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures.kernels.scan import chunked_scan, diagonal_scan
-from architectures.layers import MLP, CausalSelfAttention, Linear, control, inverse_softplus, rms_norm, short_conv
+from architectures.layers import (
+    MLP,
+    CausalSelfAttention,
+    Linear,
+    control,
+    inverse_softplus,
+    rms_norm,
+    scaled,
+    short_conv,
+)
 from architectures.time_gates import GateConfig, Gated, GatedStack, attention_gates, mlp_gates
 from architectures.time_index import SharedConfig, one_of
 
@@ -108,6 +117,8 @@ class Config(GateConfig, SharedConfig):
 class SelectiveSSM(nn.Module):
     """State-space duality: per head, a decay that depends on the input and a state of d_state by head width."""
 
+    takes_scale = True
+
     def __init__(self, config: Config):
         super().__init__()
         D, H, N, inner = config.model_dim, config.num_heads, config.d_state, config.d_inner
@@ -123,14 +134,14 @@ class SelectiveSSM(nn.Module):
         self.gate = Linear(D, inner) if config.ssm_gate else None
         self.out = Linear(inner, D, zero_init=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees positions up to t."""
         v = F.silu(short_conv(self.value(x), self.conv_value)).unflatten(2, (self.num_heads, -1))  # (B, T, H, P)
         b, c = F.silu(short_conv(self.keys(x), self.conv_keys)).unsqueeze(2).chunk(2, dim=-1)  # (B, T, 1, N)
         delta = F.softplus(self.step(x).float() + self.dt_bias)  # (B, T, H)
         y = chunked_scan(c, b, v * delta.to(x.dtype)[..., None], -delta * self.A_log.exp())
         y = rms_norm(y + v * self.skip.to(x.dtype)[:, None]).flatten(2)  # each head on its own
-        return self.out(y if self.gate is None else y * F.silu(self.gate(x)))
+        return scaled(self.out, y if self.gate is None else y * F.silu(self.gate(x)), scale)
 
 
 class LtiSSM(nn.Module):
@@ -174,7 +185,7 @@ class StagedBlock(nn.Module):
             normed = rms_norm(x)
             for name in stage:
                 if name in self.parts:
-                    x = x + self.scales[name].to(x.dtype) * self.parts[name](normed)
+                    x = x + scaled(self.parts[name], normed, self.scales[name])
         return x
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from architectures import layers
+from architectures.layers import ModelConfig
 
 SHAPES = [(2, 4, 4, 64, 16), (1, 6, 2, 130, 8), (2, 8, 4, 257, 16), (1, 4, 1, 1030, 8)]  # B, H, G, T, K
 
@@ -95,3 +96,33 @@ def test_who_only_scores_does_not_wait_for_the_compiler_to_load():
     command = [sys.executable, "-c", f"{lines}; {told}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 3), (1, 2, 5)])
+def test_short_conv_and_its_gradients_are_the_same_for_a_compiler(shape):
+    g = torch.Generator().manual_seed(0)
+    x, taps = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in (shape, (shape[2], 4)))
+    assert torch.equal(layers.ShortConv.apply(x, taps), layers.short_conv(x, taps))
+    assert torch.autograd.gradcheck(layers.ShortConv.apply, (x, taps))
+    before = torch.zeros(shape[0], 3, shape[2], dtype=torch.float64)
+    assert torch.equal(layers.short_conv(x, taps, before), layers.short_conv(x, taps))
+
+
+def test_a_gain_is_a_factor_of_the_norm():
+    g = torch.Generator().manual_seed(0)
+    x, gain = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((2, 5, 3, 8), (3, 1)))
+    results = [f(x) for f in (lambda x: layers.rms_norm(x, gain), lambda x: layers.rms_norm(x) * gain)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), (x, gain)) for y in results))
+
+
+@pytest.mark.parametrize("takes_scale", [True, False])
+def test_a_scale_is_a_factor_of_what_a_layer_gives(takes_scale):
+    g = torch.Generator().manual_seed(0)
+    x, scale = (torch.randn(s, generator=g, requires_grad=True) for s in ((2, 5, 8), (8,)))
+    layer = layers.MLP(ModelConfig(model_dim=8, num_heads=2, num_kv_heads=1))
+    torch.nn.init.normal_(layer.down.weight, generator=g)
+    layer.takes_scale = takes_scale
+    results, params = [layers.scaled(layer, x, scale), scale * layer(x)], (x, scale, *layer.parameters())
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), params) for y in results))

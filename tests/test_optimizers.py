@@ -46,6 +46,14 @@ def test_polar_express_does_not_explode_in_bf16_on_matrices_of_low_rank():
             assert 0.7 < torch.linalg.svdvals(updated).max() < 1.25
 
 
+@pytest.mark.parametrize("shape", [(4, 128, 128), (4, 64, 128), (4, 128, 256)])
+def test_bf16_costs_an_update_little(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = train_gpt.orthogonalize(x.double(), 5, "polar")
+    error = (train_gpt.orthogonalize(x, 5, "polar").double() - exact).norm() / exact.norm()
+    assert error < 0.015  # 0.02 to 0.03 where products are rounded before they are added up
+
+
 JORDAN = dataclasses.replace(train_gpt.RunConfig(), matrix_lr=0.1, muon_polynomial="jordan")
 
 
