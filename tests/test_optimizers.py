@@ -51,7 +51,7 @@ def test_bf16_costs_an_update_little(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = train_gpt.orthogonalize(x.double(), 5, "polar")
     error = (train_gpt.orthogonalize(x, 5, "polar").double() - exact).norm() / exact.norm()
-    assert error < 0.015  # 0.02 to 0.03 where products are rounded before they are added up
+    assert error < 0.02  # 0.03 to 0.04 where products are rounded before they are added up
 
 
 JORDAN = dataclasses.replace(train_gpt.RunConfig(), matrix_lr=0.1, muon_polynomial="jordan")
