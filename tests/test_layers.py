@@ -126,3 +126,15 @@ def test_a_scale_is_a_factor_of_what_a_layer_gives(takes_scale):
     results, params = [layers.scaled(layer, x, scale), scale * layer(x)], (x, scale, *layer.parameters())
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), params) for y in results))
+
+
+def test_attention_is_handed_heads_as_they_lie_in_memory():
+    seen, layer = [], layers.CausalSelfAttention(ModelConfig(model_dim=32, num_heads=4, num_kv_heads=2))
+
+    def attend(*heads):
+        seen.extend(heads)
+        return layers.causal_attention(*heads)
+
+    layer.attend = attend
+    layer(torch.randn(2, 5, 32))
+    assert len(seen) == 3 and all(x.transpose(1, 2).is_contiguous() for x in seen)  # no copy made to turn them
