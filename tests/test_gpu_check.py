@@ -28,9 +28,28 @@ def test_a_long_run_goes_on_between_two_calls(data, tmp_path, monkeypatch):
     for name, value in (TINY | dict(DATA_PATH=data, VAL_MAX_TOKENS=500)).items():
         monkeypatch.setenv(name, str(value))
     first = gpu_check.long_run(tmp_path / "folder", seconds=600, wait=0)
-    assert not first["ok"] and "call this part again" in first["notes"][0]
+    assert first["unfinished"] and "call this part again" in first["notes"][0]
     second = gpu_check.long_run(tmp_path / "folder", seconds=600, wait=120)
-    assert second["rows"][0]["steps"] == 8 and second["log"][-1].startswith("result:")
+    assert second["rows"][0]["steps"] == 8 and second["log"][-1].startswith("result:") and not second["unfinished"]
+
+
+def test_a_run_that_died_says_why_and_is_begun_anew(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", "nowhere")
+    assert "DATA_PATH=nowhere is not a folder" in gpu_check.long_run(tmp_path, seconds=600, wait=120)["notes"][0]
+    for name, value in (TINY | dict(DATA_PATH=data, VAL_MAX_TOKENS=500)).items():
+        monkeypatch.setenv(name, str(value))
+    assert gpu_check.long_run(tmp_path, seconds=600, wait=120)["rows"][0]["steps"] == 8
+
+
+def test_architectures_that_one_call_has_no_time_for_are_left_to_the_next(tmp_path):
+    settings = {name: str(value) for name, value in TINY.items()} | dict(VOCAB_SIZE="64", COMPILE="0")
+    first = gpu_check.archs(tmp_path, ["gpt", "shared"], settings, wait=0.1)
+    assert first["unfinished"] and not first["rows"]
+    assert first["notes"] == ["not measured yet, call this part again: gpt, shared"]
+    gpu_check.archs(tmp_path, ["gpt"], settings, wait=120)
+    both = gpu_check.archs(tmp_path, ["gpt", "shared"], settings, wait=120)
+    assert not both["unfinished"] and both["ok"] and [row["what"] for row in both["rows"]] == ["gpt", "shared"]
+    assert len(list(tmp_path.glob("archs_*.json"))) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

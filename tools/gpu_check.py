@@ -2,8 +2,8 @@
 
     python -m tools.gpu_check [parity|kernels|archs|step|run ...]      tools/gpu_check.sh installs what it needs first
 
-A part whose JSON is there is shown and not repeated; --again repeats it. `run` trains for ten minutes in a process of
-its own and is asked again until that has ended.
+A part whose JSON is there is shown and not repeated; --again repeats it. `archs` and `run` take longer than a call is
+to last, and are called again until they have ended.
 """
 
 import argparse
@@ -12,15 +12,18 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from architectures import names
 from architectures.kernels.cross_entropy import naive_cross_entropy, softcapped_cross_entropy
 from architectures.kernels.delta import delta_rule, naive_delta_rule
 from architectures.kernels.fused_mlp import naive_relu2_mlp, relu2_mlp
@@ -36,6 +39,7 @@ PARTS = ("parity", "kernels", "archs", "step", "run")
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}  # bf16, dense
 TOLERANCE = {torch.float32: 4e-3, torch.bfloat16: 2e-2}  # relative, of output and gradients; fp32 products are tf32
 WAIT_SECONDS = 420
+FIRST = ("mamba", "ti_ssm", "megakernel")  # of the architectures: those that are to be as fast as gpt
 UPSTREAM = dict(NUM_LAYERS="9", MODEL_DIM="512", NUM_HEADS="8", NUM_KV_HEADS="4", TRAIN_SEQ_LEN="1024")
 UPSTREAM |= dict(VOCAB_SIZE="1024")
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -187,20 +191,36 @@ def kernels(device: str, tokens: int = 65_536, lengths: tuple[int, ...] = LENGTH
     return dict(rows=rows, raw_seconds=raw, notes=notes, ok=True)
 
 
-def bench(*arguments: str) -> dict:
-    """A part of tools.bench at upstream's shape, its JSON; it prints its own table."""
-    folder = ROOT / "runs" / "gpu_check"
+def bench(folder: Path, settings: dict[str, str], *arguments: str, seconds: float | None = None) -> None:
+    """A part of tools.bench, which prints its own table and leaves its JSON in the folder; cut off after `seconds`."""
     command = [sys.executable, "-m", "tools.bench", *arguments, "--out", str(folder)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | UPSTREAM, check=False)
-    part = "archs" if "--archs" in arguments else "step"
-    return json.loads(max(folder.glob(f"{part}_*.json"), key=lambda path: path.stat().st_mtime).read_text())
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=False, timeout=seconds)
 
 
-def step(hardware: str) -> dict:
+def archs(folder: Path, wanted: list[str], settings: dict[str, str], wait: float) -> dict:
+    """Every architecture beside gpt, as many as the time is enough for; the next call goes on with the others."""
+
+    def measured() -> dict[str, dict]:
+        files = [json.loads(path.read_text()) for path in sorted(folder.glob("archs_*.json"))]
+        return {row["what"]: row for found in files for row in found["rows"]}
+
+    done = measured()
+    if left := [name for name in wanted if name not in done]:
+        arguments = ("--archs", ",".join(left), "--rounds", "3", "--name", f"after {len(done)}")
+        bench(folder, settings, *arguments, seconds=wait)
+        done = measured()
+    left, rows = [name for name in wanted if name not in done], [done[name] for name in wanted if name in done]
+    notes = [f"not measured yet, call this part again: {', '.join(left)}"] if left else []
+    return dict(settings=settings, rows=rows, notes=notes, unfinished=bool(left), ok=all("n" in row for row in rows))
+
+
+def step(folder: Path, hardware: str) -> dict:
     """Tokens per second of the kit's step beside the plain one, and its share of the matrix units' peak."""
     _, _, config = read_settings(UPSTREAM)
     attention = choose_attention(config, Machine(torch.device("cuda"), dtype=torch.bfloat16), 64)
-    found = bench("step", "--rounds", "5", "--tokens", "524288")
+    bench(folder, UPSTREAM, "step", "--rounds", "5", "--tokens", "524288")
+    found = json.loads(max(folder.glob("step_*.json"), key=lambda path: path.stat().st_mtime).read_text())
     params = config.num_params() * 6 + 12 * config.num_layers * config.train_seq_len * config.model_dim // 2
     peak = next((value for name, value in PEAK_TFLOPS.items() if name in hardware), None)
     for row in (row for row in found["rows"] if "error" not in row):
@@ -210,24 +230,39 @@ def step(hardware: str) -> dict:
 
 
 def long_run(folder: Path, seconds: int, wait: float) -> dict:
-    """Ten minutes of training in a process of its own, begun by the first call; ok once its result is there."""
-    log = folder / "run" / "train.log"
-    if not log.is_file():
+    """Training in a process of its own, begun by the first call, or anew if it died; ok once its result is there."""
+    log, holder, process = folder / "run" / "train.log", folder / "pid", None
+
+    def ended() -> bool:
+        return log.is_file() and any(line.startswith("result:") for line in log.read_text().splitlines())
+
+    def alive() -> bool:
+        if process is not None:
+            return process.poll() is None
+        with suppress(OSError):  # no process of that number any more; what has ended and is not waited for has no words
+            return b"train_gpt.py" in Path("/proc", holder.read_text(), "cmdline").read_bytes()
+        return False
+
+    if not (ended() or alive()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         env = os.environ | dict(OUT_DIR=str(folder), RUN_ID="run", MAX_WALLCLOCK_SECONDS=str(seconds))
-        folder.mkdir(parents=True, exist_ok=True)
         with (folder / "output.txt").open("w") as output:
-            subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=ROOT, stdout=output,
-                             stderr=output, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=ROOT, stdout=output,
+                                       stderr=output, start_new_session=True)  # fmt: skip
+        holder.write_text(str(process.pid))
     deadline = time.monotonic() + wait
-    while time.monotonic() < deadline:
-        lines = log.read_text().splitlines() if log.is_file() else []
-        if lines and lines[-1].startswith("result:"):
-            result = json.loads(lines[-1].removeprefix("result:"))
-            kept = ("val_bpb", "steps", "step_avg_ms", "train_seconds", "bytes_total", "valid", "dataset", "hardware")
-            return dict(rows=[{name: result[name] for name in kept}], log=lines, notes=[], ok=result["valid"])
+    while alive() and time.monotonic() < deadline:
         time.sleep(1)
-    said = (folder / "output.txt").read_text().splitlines()[-1:]
-    return dict(rows=[], notes=[f"the run has not ended; last line: {said}; call this part again"], ok=False)
+    if not ended():
+        said = (folder / "output.txt").read_text().splitlines()[-1:]
+        notes = [f"no result yet, call this part again; last line: {said}"]
+        return dict(rows=[], notes=notes, unfinished=True, ok=False)
+    lines = log.read_text().splitlines()
+    result = json.loads(lines[-1].removeprefix("result:"))
+    kept = ("val_bpb", "steps", "step_avg_ms", "train_seconds", "bytes_total", "valid", "dataset", "hardware")
+    row = {name: result[name] for name in kept}
+    return dict(rows=[row], log=lines, notes=[], unfinished=False, ok=result["valid"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -243,17 +278,22 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     hardware, ok = hardware_name(Machine(torch.device("cuda"))), True
     slug = re.sub("[^a-z0-9]+", "_", hardware.lower()).strip("_")
+    folder, small = ROOT / "runs" / "gpu_check" / slug, UPSTREAM | dict(TRAIN_BATCH_TOKENS="65536")
+    order = sorted(names(), key=lambda name: name not in FIRST)
     parts = {
-        "parity": lambda: parity("cuda"), "kernels": lambda: kernels("cuda"), "step": lambda: step(hardware),
-        "archs": lambda: bench("--archs", "all", "--rounds", "3", "--tokens", "65536"),
-        "run": lambda: long_run(ROOT / "runs" / "gpu_check", 600, WAIT_SECONDS),
+        "parity": lambda: parity("cuda"), "kernels": lambda: kernels("cuda"),
+        "archs": lambda: archs(folder / "archs", order, small, WAIT_SECONDS),
+        "step": lambda: step(folder / "step", hardware), "run": lambda: long_run(folder / "run", 600, WAIT_SECONDS),
     }  # fmt: skip
     for part in options.parts or PARTS:
         path = options.out / f"gpu_check_{part}_{slug}.json"
-        if options.again or not path.is_file():
+        if options.again:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(folder / part, ignore_errors=True)
+        if not path.is_file():
             head = dict(part=part, date=time.strftime("%Y-%m-%d"), hardware=hardware, torch=torch.__version__)
             found = head | dict(python=platform.python_version()) | parts[part]()
-            if found["ok"] or part != "run":
+            if not found.pop("unfinished", False):
                 save_atomically(path, json.dumps(found, indent=1).encode() + b"\n")
         else:
             found = json.loads(path.read_text())

@@ -2,7 +2,7 @@
 # Everything that only a CUDA machine can tell, part by part; what is done is not done again.
 #   tools/gpu_check.sh                     all parts: parity kernels archs step run
 #   tools/gpu_check.sh parity step         these
-#   DATA_PATH=data/datasets/NAME tools/gpu_check.sh run     ten minutes of training; call again until it has ended
+#   DATA_PATH=data/datasets/NAME tools/gpu_check.sh archs run     these are called again until they have ended
 # It wants PyTorch with CUDA and Triton, and from WHEELS (a folder of wheels) or PyPI what else requirements.txt names
 # for the run. Each part ends within eight minutes. Results: records/benchmarks/gpu_check_<part>_<machine>.json
 set -euo pipefail
