@@ -1,6 +1,8 @@
 """tools.gpu_check, as far as a machine without CUDA can try it."""
 
+import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,5 +56,10 @@ def test_architectures_that_one_call_has_no_time_for_are_left_to_the_next(tmp_pa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_without_cuda_it_says_so_in_a_sentence():
-    done = subprocess.run([ROOT / "tools/gpu_check.sh"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: gpu_check needs a CUDA device, and PyTorch finds none here\n"
+    for python, sentence in (
+        (sys.executable, "gpu_check needs a CUDA device, and PyTorch finds none here"),
+        ("/bin/false", "/bin/false has no PyTorch; name one that has in PYTHON"),
+    ):
+        env = os.environ | {"PYTHON": python}
+        done = subprocess.run([ROOT / "tools/gpu_check.sh"], env=env, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr == f"error: {sentence}\n"

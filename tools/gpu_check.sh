@@ -8,6 +8,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+if ! "$python" -c "import torch" 2>/dev/null; then
+    echo "error: $python has no PyTorch; name one that has in PYTHON" >&2
+    exit 2
+fi
 source=(); [ -z "${WHEELS:-}" ] || source=(--no-index --find-links "$WHEELS")
 install() { "$python" -m pip install --quiet --disable-pip-version-check "${source[@]}" "$@"; }
 missing=()
