@@ -1379,7 +1379,7 @@ class Trainer:
                 )
             torch.cuda.empty_cache()
             self.micro_batches = split_rows(len(batch), 1, 0.75 * len(batch) / self.micro_batches)
-            log(f"micro_batches:{self.micro_batches} (more are too large for the memory)")
+            log(f"micro_batches:{self.micro_batches} (larger ones do not fit the memory)")
 
     def warm_up(self, rows: int, log: RunLog) -> float:
         """Run every graph on random tokens, then put everything back; seconds of a step (0 without warm-up)."""

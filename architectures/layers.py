@@ -105,8 +105,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """x (..., in) to (..., out), the output's channels times scale (out)."""
-        weight = self.weight if scale is None else self.weight * scale[:, None]
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, self.matrix(x.dtype, scale))
+
+    def matrix(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """What x is multiplied by, (out, in): the weight, its rows times scale, in dtype."""
+        return (self.weight if scale is None else self.weight * scale[:, None]).to(dtype)
 
 
 class Rotary(nn.Module):

@@ -95,8 +95,7 @@ class FusedMLP(nn.Module):
         """(B, T, D) to (B, T, D)."""
         if not (self.fused and self.training):
             return MLP.forward(self, x, scale)
-        down = self.down.weight if scale is None else self.down.weight * scale[:, None]
-        return relu2_mlp(x, self.up.weight.to(x.dtype), down.to(x.dtype))
+        return relu2_mlp(x, self.up.matrix(x.dtype), self.down.matrix(x.dtype, scale))
 
 
 def speedup(plain: Callable[[], Tensor], fused: Callable[[], Tensor], laps: int = LAPS) -> float:

@@ -109,7 +109,7 @@ class NeighbourAttention(CausalSelfAttention):
         super().__init__(config)
         self.distance, self.neighbours = 1, config.nca_neighbours
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, distance: int = 1) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None, distance: int) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees t, t - distance, t - 2 distance ..."""
         self.distance = distance
         return super().forward(x, scale)

@@ -78,6 +78,7 @@ class OdeStack(TimeIndexed):
 
     def __init__(self, config: OdeConfig):
         super().__init__(config)
+        # Of an evaluation in its step. Kept: made in times() from what the host knows, it would have a GPU waited for.
         within = torch.tensor([time for time, _, _ in SOLVERS[config.ode_solver]])
         self.register_buffer("within", within, persistent=False)
         if config.ode_dt == "learn":

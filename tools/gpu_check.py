@@ -31,6 +31,7 @@ from architectures.kernels.fused_norm import mix_norm, naive_mix_norm
 from architectures.kernels.fused_qk import naive_qk_norm_rope, qk_norm_rope
 from architectures.kernels.scan import chunked_scan, naive_scan
 from architectures.layers import causal_attention
+from tools.logs import read_log
 from tools.plain_step import compare, interleave, table
 from train_gpt import Machine, choose_attention, hardware_name, read_settings, save_atomically
 
@@ -233,8 +234,8 @@ def long_run(folder: Path, seconds: int, wait: float) -> dict:
     """Training in a process of its own, begun by the first call, or anew if it died; ok once its result is there."""
     log, holder, process = folder / "run" / "train.log", folder / "pid", None
 
-    def ended() -> bool:
-        return log.is_file() and any(line.startswith("result:") for line in log.read_text().splitlines())
+    def result() -> dict | None:
+        return read_log(log).result if log.is_file() else None
 
     def alive() -> bool:
         if process is not None:
@@ -243,7 +244,7 @@ def long_run(folder: Path, seconds: int, wait: float) -> dict:
             return b"train_gpt.py" in Path("/proc", holder.read_text(), "cmdline").read_bytes()
         return False
 
-    if not (ended() or alive()):
+    if not (result() or alive()):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         env = os.environ | dict(OUT_DIR=str(folder), RUN_ID="run", MAX_WALLCLOCK_SECONDS=str(seconds))
@@ -254,15 +255,13 @@ def long_run(folder: Path, seconds: int, wait: float) -> dict:
     deadline = time.monotonic() + wait
     while alive() and time.monotonic() < deadline:
         time.sleep(1)
-    if not ended():
+    if not (found := result()):
         said = (folder / "output.txt").read_text().splitlines()[-1:]
         notes = [f"no result yet, call this part again; last line: {said}"]
         return dict(rows=[], notes=notes, unfinished=True, ok=False)
-    lines = log.read_text().splitlines()
-    result = json.loads(lines[-1].removeprefix("result:"))
     kept = ("val_bpb", "steps", "step_avg_ms", "train_seconds", "bytes_total", "valid", "dataset", "hardware")
-    row = {name: result[name] for name in kept}
-    return dict(rows=[row], log=lines, notes=[], unfinished=False, ok=result["valid"])
+    rows, lines = [{name: found[name] for name in kept}], log.read_text().splitlines()
+    return dict(rows=rows, log=lines, notes=[], unfinished=False, ok=found["valid"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,11 +2,10 @@
 
 PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz per matrix, torch.optim.Adam; or, as
 upstream runs it, in bf16, compiled, in eight micro-batches. It shares the model with train_gpt.py and nothing of the
-step, so the step is also tested against it. Every step is timed in a
-process of its own: what one has taken from the C library's allocator, or left there, would serve or cost the others.
+step, so the step is also tested against it. Every step is timed in a process of its own: what one has taken from the
+C library's allocator, or left there, would serve or cost the others.
 """
 
-import itertools
 import math
 import multiprocessing
 import time
@@ -229,7 +228,8 @@ def serve(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, choi
     """Take steps and laps of what was chosen as asked for, until the other end is closed."""
     choices.prepare()
     Model, _ = load_architecture(arch)
-    machine = make_machine(replace(run, bf16=choices.bf16))
+    run = replace(run, bf16=choices.bf16, cuda_graphs=choices.cuda_graphs)
+    machine = make_machine(run)
     if choices.compile:
         torch._dynamo.config.recompile_limit = COMPILED_GRAPHS  # a looped Muon's function has every shape
     machine.compile = choices.compile
@@ -237,8 +237,7 @@ def serve(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, choi
     if choices.plain:
         stepper = Stepper(PlainStep(model, run, choices.micro_batches, choices.compile), model, batches)
     else:
-        graphs = replace(run, cuda_graphs=choices.cuda_graphs)
-        stepper = kit_stepper(model, graphs, machine, choices.micro_batches, batches)
+        stepper = kit_stepper(model, run, machine, choices.micro_batches, batches)
     torch.manual_seed(run.seed)
     pipe.send("ready")
     while True:
@@ -288,15 +287,15 @@ class Elsewhere:
 def micro_batch_counts(Model, config: ModelConfig, run: RunConfig, chosen: Machine) -> dict[tuple[bool, bool], int]:
     """By (bf16, compile): the micro-batches of the kit, whose number follows from what a forward keeps in memory."""
     counts = {}
-    for bf16, compiled in itertools.product((False, True), repeat=2):
-        machine = replace(chosen, dtype=torch.bfloat16 if bf16 else torch.float32, compile=compiled)
-        counts[bf16, compiled] = micro_batch_count(run, build(Model, config, run, machine), machine)
+    for bf16 in (False, True):
+        machine = replace(chosen, dtype=torch.bfloat16 if bf16 else torch.float32)
+        model = build(Model, config, run, machine)
+        for compiled in (False, True):
+            counts[bf16, compiled] = micro_batch_count(run, model, replace(machine, compile=compiled))
     return counts
 
 
-def variants(
-    run: RunConfig, chosen: Machine, counts: dict[tuple[bool, bool], int], rows: int
-) -> dict[str, Choices]:
+def variants(run: RunConfig, chosen: Machine, counts: dict[tuple[bool, bool], int], rows: int) -> dict[str, Choices]:
     """By name: the plain step, as upstream runs it, each choice alone, then together, then the kit's without one or
     otherwise. BF16=0 and COMPILE=0 leave theirs out."""
     plain = Choices(plain=True, micro_batches=counts[False, False], prepare=as_it_is)
