@@ -136,9 +136,9 @@ def naive_smooth(z: Tensor, p: Tensor) -> Tensor:
 
 def smooth(z: Tensor, p: Tensor) -> Tensor:
     """s_c = p_c z_c + (1 - p_c) s_{c-1}, s_0 = 0: chunks z (B, C, D), p below 1, fp32 (B, C)."""
-    ones = z.new_ones(*p.shape, 1, 1)
-    values = (p.to(z.dtype)[..., None] * z)[:, :, None]  # (B, C, 1, D): one head
-    return chunked_scan(ones, ones, values, torch.log1p(-p)[..., None])[:, :, 0]
+    ones = z.new_ones(*p.shape, 1, 1)  # (B, C, G, N)
+    p = p[..., None]  # of the one head
+    return chunked_scan(ones, ones, z[:, :, None], torch.log1p(-p), p)[:, :, 0]
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

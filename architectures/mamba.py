@@ -162,7 +162,7 @@ class Recurrent(nn.Module):
 class Mamba2(Recurrent):
     """State-space duality: a state of d_state by head width per head, which decays and to which each step adds."""
 
-    num_rates, kernel = 1, staticmethod(chunked_scan)
+    num_rates = 1
 
     def __init__(self, config: Config):
         H, N, self.groups = config.heads, config.d_state, config.groups
@@ -170,26 +170,26 @@ class Mamba2(Recurrent):
         self.A_log = control(nn.Parameter(spread(1.0, config.ssm_a_max, H).log()))
         self.skip = control(nn.Parameter(torch.ones(H))) if self.num_rates == 1 else None  # D
 
-    def inputs_of(self, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
-        """What the kernel takes; q, k (B, T, G, N), v (B, T, H, P), delta, log_decay fp32 (B, T, H)."""
-        return q, k, v * delta.to(v.dtype)[..., None], log_decay
-
     def mix(self, x: Tensor, v: Tensor, k: Tensor, q: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         k, q = (y.unflatten(2, (self.groups, -1)) for y in (k, q))
         rates, *beta = self.rates(x).float().split(self.heads, dim=-1)
         delta = F.softplus(rates + self.dt_bias)
-        inputs = self.inputs_of(q, k, v, delta, -delta * self.A_log.exp(), *beta)
-        y, state = scan_from(state, self.kernel, *inputs, chunk_size=self.chunk_size)
-        return y if self.skip is None else y + v * self.skip.to(v.dtype)[:, None], state
+        return self.scan(state, q, k, v, -delta * self.A_log.exp(), delta, *beta)
+
+    def scan(self, state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, delta: Tensor) -> tuple:
+        """(y, the state after it); q, k (B, T, G, N), v (B, T, H, P), log_decay, delta fp32 (B, T, H)."""
+        rest = dict(skip=self.skip, chunk_size=self.chunk_size)
+        return scan_from(state, chunked_scan, q, k, v, log_decay, delta, **rest)
 
 
 class DeltaNet(Mamba2):
     """Gated delta rule: each step replaces what its key recalls."""
 
-    num_rates, kernel = 2, staticmethod(delta_rule)
+    num_rates = 2
 
-    def inputs_of(self, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, log_decay: Tensor, beta: Tensor) -> tuple:
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, log_decay, torch.sigmoid(beta)
+    def scan(self, state, q, k, v, log_decay: Tensor, delta: Tensor, beta: Tensor) -> tuple:
+        q, k, beta = F.normalize(q, dim=-1), F.normalize(k, dim=-1), torch.sigmoid(beta)
+        return scan_from(state, delta_rule, q, k, v, log_decay, beta, chunk_size=self.chunk_size)
 
 
 class Modes(Recurrent):

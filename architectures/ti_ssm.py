@@ -139,8 +139,8 @@ class SelectiveSSM(nn.Module):
         v = F.silu(short_conv(self.value(x), self.conv_value)).unflatten(2, (self.num_heads, -1))  # (B, T, H, P)
         b, c = F.silu(short_conv(self.keys(x), self.conv_keys)).unsqueeze(2).chunk(2, dim=-1)  # (B, T, 1, N)
         delta = F.softplus(self.step(x).float() + self.dt_bias)  # (B, T, H)
-        y = chunked_scan(c, b, v * delta.to(x.dtype)[..., None], -delta * self.A_log.exp())
-        y = rms_norm(y + v * self.skip.to(x.dtype)[:, None]).flatten(2)  # each head on its own
+        y = chunked_scan(c, b, v, -delta * self.A_log.exp(), delta, self.skip)
+        y = rms_norm(y).flatten(2)  # each head on its own
         return scaled(self.out, y if self.gate is None else y * F.silu(self.gate(x)), scale)
 
 

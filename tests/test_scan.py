@@ -10,7 +10,8 @@ def inputs(T: int, G: int = 1, H: int = 4, N: int = 8, P: int = 6) -> list[torch
     g = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(2, T, *shape, generator=g) for shape in ((G, N), (G, N), (H, P)))
     log_decay = -torch.rand(2, T, H, generator=g) * torch.logspace(-3, 0.5, H)
-    return [x.requires_grad_() for x in (q / N**0.5, k, v, log_decay)]
+    delta, skip = torch.rand(2, T, H, generator=g), torch.randn(H, generator=g)
+    return [x.requires_grad_() for x in (q / N**0.5, k, v, log_decay, delta, skip)]
 
 
 def agree(fast, slow, tensors: list[torch.Tensor]) -> None:
@@ -26,12 +27,19 @@ def agree(fast, slow, tensors: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("T", [1, 63, 200])
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, None])
 def test_chunked_scan_equals_the_sequential_loop(T, chunk_size):
-    agree(lambda *x: scan.chunked_scan(*x, chunk_size or T), scan.naive_scan, inputs(T))
+    agree(lambda *x: scan.chunked_scan(*x, chunk_size=chunk_size or T), scan.naive_scan, inputs(T))
 
 
 @pytest.mark.parametrize("G", [2, 4])
 def test_chunked_scan_serves_any_number_of_key_groups(G):
-    agree(lambda *x: scan.chunked_scan(*x, 16), scan.naive_scan, inputs(70, G))
+    agree(lambda *x: scan.chunked_scan(*x, chunk_size=16), scan.naive_scan, inputs(70, G))
+
+
+def test_without_scales_and_skip_values_are_written_as_they_are():
+    q, k, v, log_decay, delta, skip = inputs(70)
+    plain = scan.chunked_scan(q, k, v, log_decay)
+    neutral = scan.chunked_scan(q, k, v, log_decay, torch.ones_like(delta), torch.zeros_like(skip))
+    assert torch.equal(plain, neutral)
 
 
 @pytest.mark.parametrize("T", [1, 63, 200])
@@ -43,9 +51,9 @@ def test_diagonal_scan_equals_the_sequential_loop(T, chunk_size):
 
 
 def test_scans_stay_finite_where_decays_underflow():
-    q, k, v, log_decay = inputs(64)
+    q, k, v, log_decay, *_ = inputs(64)
     log_decay = (log_decay - 80).detach().requires_grad_()
-    y = scan.chunked_scan(q, k, v, log_decay, 16)
+    y = scan.chunked_scan(q, k, v, log_decay, chunk_size=16)
     y.sum().backward()
     assert y.isfinite().all() and log_decay.grad.isfinite().all()
     assert scan.diagonal_scan(v[:, :, 0], torch.full((6,), -80.0), 16).isfinite().all()
@@ -54,5 +62,5 @@ def test_scans_stay_finite_where_decays_underflow():
 @pytest.mark.parametrize("cut", [15, 16, 17])
 def test_chunked_scan_gives_no_gradient_to_later_steps(cut):
     tensors = inputs(48)
-    scan.chunked_scan(*tensors, 16)[:, :cut].sum().backward()
-    assert all(x.grad[:, cut:].abs().max() == 0 and x.grad[:, :cut].any() for x in tensors)
+    scan.chunked_scan(*tensors, chunk_size=16)[:, :cut].sum().backward()
+    assert all(x.grad[:, cut:].abs().max() == 0 and x.grad[:, :cut].any() for x in tensors[:-1])

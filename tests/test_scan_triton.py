@@ -29,22 +29,42 @@ SHAPE = (1, 200, 1, 2, 96, 64)  # (B, T, G, H, N, P) of what is counted
 
 
 def inputs(T: int, G: int, H: int, N: int, P: int, resets: list[int] = ()) -> list[torch.Tensor]:
-    """q, k, v, log_decay, in which resets are -64 and -inf in turns."""
+    """q, k, v, log_decay, in which resets are -64 and -inf in turns, delta and skip."""
     g = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(1, T, *shape, generator=g) for shape in ((G, N), (G, N), (H, P)))
     log_decay = -torch.rand(1, T, H, generator=g) * torch.logspace(-3, 0.5, H)
     for i, t in enumerate(resets):
         log_decay[:, t] = (-64.0, -torch.inf)[i % 2]
-    return [x.requires_grad_() for x in (q / N**0.5, k, v, log_decay)]
+    delta, skip = torch.rand(1, T, H, generator=g), torch.randn(H, generator=g)
+    return [x.requires_grad_() for x in (q / N**0.5, k, v, log_decay, delta, skip)]
 
 
 def errors(shape: tuple, resets: list[int]) -> list[float]:
-    """Largest errors of y, dq, dk, dv, dg against the definition in fp64, over the largest value."""
+    """Largest errors of y and the gradients of inputs against the definition in fp64, over the largest value."""
     *shape, length = shape
     tensors = inputs(*shape, resets)
     got = outputs(lambda *x: scan_op.triton_scan(*x, segment_length=length), tensors)
     wanted = outputs(naive_scan, [x.detach().double().requires_grad_() for x in tensors])
     return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, wanted, strict=True)]
+
+
+def side_by_side() -> list[float]:
+    """How far y and gradients move when q, k and v are parts of one tensor, and when what is optional is left out."""
+    T, G, H, N, P = 70, 2, 4, 16, 32
+    q, k, v, *rest = inputs(T, G, H, N, P)
+    alone = outputs(scan_op.triton_scan, [q, k, v, *rest])
+
+    def split(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        v, k, q = x.split((H * P, G * N, G * N), dim=-1)
+        return scan_op.triton_scan(*(y.unflatten(2, (G, N)) for y in (q, k)), v.unflatten(2, (H, P)), *rest)
+
+    joined = torch.cat([x.detach().flatten(2) for x in (v, k, q)], dim=-1).requires_grad_()
+    y, slope, *others = outputs(split, [joined, *rest])
+    found = [y, *(x.view_as(z) for x, z in zip(slope.split((H * P, G * N, G * N), dim=-1), (v, k, q), strict=True))]
+    moved = [(a - b).abs().max().item() for a, b in zip(found, (alone[0], *alone[3:0:-1]), strict=True)]
+    moved += [(a - b).abs().max().item() for a, b in zip(others, alone[4:], strict=True)]
+    neutral = [q, k, v, rest[0], torch.ones_like(rest[1]), torch.zeros_like(rest[2])]
+    return [*moved, (scan_op.triton_scan(*neutral[:4]) - scan_op.triton_scan(*neutral)).abs().max().item()]
 
 
 def at_resets() -> list[float]:
@@ -69,11 +89,11 @@ def counted() -> list[list[int]]:
 
 
 def op_checks() -> str:
-    q, k, v, g = inputs(70, 1, 2, 16, 32)
-    found = torch.library.opcheck(scan_op.fused_scan, (q, k, v, g, 64))
-    q, k, v, g = (x.detach() for x in (q, k, v, g))
-    y, starts = scan_op.fused_scan(q, k, v, g, 64)
-    backward = torch.library.opcheck(scan_op.fused_scan_backward, (y, q, k, v, g, starts, 64))
+    tensors = inputs(70, 1, 2, 16, 32)
+    found = torch.library.opcheck(scan_op.fused_scan, (*tensors, 64))
+    tensors = [x.detach() for x in tensors]
+    y, starts = scan_op.fused_scan(*tensors, 64)
+    backward = torch.library.opcheck(scan_op.fused_scan_backward, (y, *tensors, starts, 64))
     return " ".join(sorted({*found.values(), *backward.values()}))
 
 
@@ -86,6 +106,10 @@ def interpreted() -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_the_triton_scan_and_its_gradients_equal_the_sequential_loop(interpreted, name):
     assert max(interpreted["errors"][name]) <= (2e-5 if CASES[name][1] else 1e-6)
+
+
+def test_q_k_and_v_may_be_parts_of_one_tensor_and_the_rest_left_out(interpreted):
+    assert max(interpreted["side_by_side"]) == 0
 
 
 def test_a_reset_has_no_gradient_and_keeps_those_of_documents_apart(interpreted):
@@ -132,10 +156,12 @@ def test_chunked_scan_takes_the_kernels_on_cuda_alone(device):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda q, k, v, g: (q, k[:, 1:], v, g), "shapes"),
-        (lambda q, k, v, g: (q, k, v[:, :, :3], g[:, :, :3]), "must be"),
-        (lambda q, k, v, g: (q, k.bfloat16(), v, g), "make all bfloat16 or all float32"),
-        (lambda q, k, v, g: (q, k, v, g, 100), "segment_length=100 must be a multiple of 64"),
+        (lambda q, k, v, g, *_: (q, k[:, 1:], v, g), "shapes"),
+        (lambda q, k, v, g, *_: (q, k, v[:, :, :3], g[:, :, :3]), "must be"),
+        (lambda q, k, v, g, delta, _: (q, k, v, g, delta[:, 1:]), r"delta, skip of shapes \(1, 7, 4\), \(4,\) must be"),
+        (lambda q, k, v, g, delta, skip: (q, k, v, g, delta, skip[1:]), r"\(3,\) must be"),
+        (lambda q, k, v, g, *_: (q, k.bfloat16(), v, g), "make all bfloat16 or all float32"),
+        (lambda q, k, v, g, *_: (q, k, v, g, None, None, 100), "segment_length=100 must be a multiple of 64"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, sentence):
@@ -146,6 +172,6 @@ def test_tensors_that_do_not_fit_are_refused(change, sentence):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     found = dict(errors={name: errors(*case) for name, case in CASES.items()}, at_resets=at_resets())
-    found |= dict(op_checks=op_checks(), counted=counted())
+    found |= dict(side_by_side=side_by_side(), op_checks=op_checks(), counted=counted())
     found["compiled_difference"] = compiled_difference(scan_op.triton_scan, inputs(70, 1, 2, 16, 16))
     print(json.dumps(found))

@@ -65,19 +65,19 @@ def errors(fast: Callable, exact: Callable, inputs: list[Tensor]) -> dict[str, f
 
 
 def scan_inputs(B: int, T: int, G: int, H: int, N: int, P: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """q, k, v and log_decay with a reset."""
+    """q, k, v, log_decay with a reset, delta and skip."""
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(B, T, G, N, generator=g) / N**0.5 for _ in "qk")
     v, log_decay = torch.randn(B, T, H, P, generator=g), -torch.rand(B, T, H, generator=g)
     log_decay[:, T // 2] = -100.0
-    return [*(x.to(device, dtype) for x in (q, k, v)), log_decay.to(device)]
+    delta, skip = torch.rand(B, T, H, generator=g), torch.randn(H, generator=g)
+    return [*(x.to(device, dtype) for x in (q, k, v)), *(x.to(device) for x in (log_decay, delta, skip))]
 
 
 def delta_inputs(B: int, T: int, G: int, H: int, N: int, P: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Those of the scan, with q and k of length 1, and beta."""
-    q, k, v, log_decay = scan_inputs(B, T, G, H, N, P, dtype, device)
-    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    return [q, k, v, log_decay, torch.rand(B, T, H, generator=torch.Generator().manual_seed(3)).to(device)]
+    """Those of the scan without skip, q and k of length 1."""
+    q, k, v, log_decay, beta, _skip = scan_inputs(B, T, G, H, N, P, dtype, device)
+    return [*(torch.nn.functional.normalize(x, dim=-1) for x in (q, k)), v, log_decay, beta]
 
 
 def fused_cases(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable, Callable, list[Tensor]]]:
@@ -156,7 +156,8 @@ def kernels(device: str, tokens: int = 65_536, lengths: tuple[int, ...] = LENGTH
     notes = [f"{tokens} tokens, 8 heads of 64, forward and backward"]
     for T in lengths:
         shape = tokens // T, T, 8, 8, 64, 64, dtype, device
-        scans, deltas = ([x.requires_grad_() for x in inputs(*shape)] for inputs in (scan_inputs, delta_inputs))
+        scans = [x.requires_grad_() for x in scan_inputs(*shape)[:4]]
+        deltas = [x.requires_grad_() for x in delta_inputs(*shape)]
         q, k, v = (torch.randn(tokens // T, 8, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
         laps = {
             "attention": lambda q=q, k=k, v=v: torch.autograd.grad(causal_attention(q, k, v).sum(), (q, k, v)),

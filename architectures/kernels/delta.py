@@ -95,21 +95,22 @@ def scan_from(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    *beta: Tensor,
-    **chunks: int,
+    delta: Tensor,
+    **rest,
 ) -> tuple[Tensor, Tensor | None]:
     """(y of a scan, chunked_scan or delta_rule, that begins with state (N, H, P), the state after its last step).
 
-    B is 1. The state enters by N steps before the first, of which each writes a row of it, and leaves by N steps after
-    the last, of which each reads one. No state enters and none leaves where it is None, for any B.
+    delta is the last tensor that the scan has for each step, beta of the delta rule. B is 1. The state enters by N
+    steps before the first, of which each writes a row of it, and leaves by N steps after the last, of which each reads
+    one. No state enters and none leaves where it is None, for any B.
     """
     if state is None:
-        return scan(q, k, v, log_decay, *beta, **chunks), None
+        return scan(q, k, v, log_decay, delta, **rest), None
     G, N = q.shape[2:]
     unit = torch.eye(N, dtype=q.dtype, device=q.device)[None, :, None].expand(1, N, G, N)
     q, k = torch.cat((0 * unit, q, unit), dim=1), torch.cat((unit, k, 0 * unit), dim=1)
     written = state[None].to(v.dtype)
     v = torch.cat((written, v, torch.zeros_like(written)), dim=1)
-    beta = [F.pad(F.pad(b, (0, 0, N, 0), value=1.0), (0, 0, 0, N)) for b in beta]
-    y = scan(q, k, v, F.pad(log_decay, (0, 0, N, N)), *beta, **chunks)
+    delta = F.pad(F.pad(delta, (0, 0, N, 0), value=1.0), (0, 0, 0, N))
+    y = scan(q, k, v, F.pad(log_decay, (0, 0, N, N)), delta, **rest)
     return y[:, N:-N], y[0, -N:]

@@ -27,9 +27,10 @@ import triton.language as tl
 from architectures.kernels.scan_triton import (
     SCAN_TILE,
     decay_after,
-    faded,
     load_decays,
     load_rows,
+    load_scales,
+    scaled_steps,
     state_at,
     store_rows,
 )
@@ -44,11 +45,6 @@ def locate_head(T, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.cons
     b, h = row // H, row % H
     step = b * T * H + h
     return (b * T * G + h // (H // G)) * N, step, step * N, step * P, row, tl.arange(0, SCAN_TILE)
-
-
-@triton.jit
-def load_betas(beta, t, T, H: tl.constexpr):
-    return tl.load(beta + t * H, mask=t < T, other=0.0)
 
 
 @triton.jit
@@ -68,7 +64,7 @@ def delta_inverse(
     t = chunk * SCAN_TILE + columns
     a, _total, _going_on = load_decays(g + step, t, T, H)
     k_tile = load_rows(k + key, t, columns, T, G * N, N)
-    recalled = tl.dot(k_tile, tl.trans(k_tile)) * decay_after(a, False) * load_betas(beta + step, t, T, H)[None, :]
+    recalled = tl.dot(k_tile, tl.trans(k_tile)) * decay_after(a, False) * load_scales(beta + step, t, T, H)[None, :]
     rows, sources = columns[:, None], columns[None, :]
     found = tl.where(rows == sources, 1.0, 0.0)
     found -= tl.where((rows >> 1 == sources >> 1) & (rows > sources), recalled, 0.0)
@@ -100,8 +96,8 @@ def delta_states(
         inverse_tile = tl.load(state_at(inverse, row, chunk, chunks))
         e_tile = tl.dot(inverse_tile, missed.to(k_tile.dtype))
         store_rows(e, e_tile, t, columns, T, H * P, P)
-        u_tile = (e_tile * load_betas(beta, t, T, H)[:, None]).to(k_tile.dtype)
-        state = tl.dot(faded(k_tile, total - a), u_tile, state * tl.exp2(total))
+        u_tile = (e_tile * load_scales(beta, t, T, H)[:, None]).to(k_tile.dtype)
+        state = tl.dot(scaled_steps(k_tile, tl.exp2(total - a)), u_tile, state * tl.exp2(total))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -116,7 +112,7 @@ def delta_outputs(
     q_tile = load_rows(q + key, t, columns, T, G * N, N)
     k_tile = load_rows(k + key, t, columns, T, G * N, N)
     e_tile = load_rows(e + value, t, columns, T, H * P, P)
-    u_tile = (e_tile * load_betas(beta + step, t, T, H)[:, None]).to(k_tile.dtype)
+    u_tile = (e_tile * load_scales(beta + step, t, T, H)[:, None]).to(k_tile.dtype)
     y_tile = tl.dot(q_tile, tl.load(state_at(states, row, chunk, chunks))) * tl.exp2(a)[:, None]
     scores = tl.dot(q_tile, tl.trans(k_tile)) * decay_after(a, False)
     y_tile = tl.dot(scores.to(k_tile.dtype), u_tile, y_tile)
@@ -143,16 +139,16 @@ def delta_slopes(
         dy_tile = load_rows(dy, t, columns, T, H * P, P)
         after = slope.to(k_tile.dtype)
         tl.store(state_at(slopes, row, chunk, chunks), after)
-        slope = tl.dot(faded(q_tile, a), dy_tile, slope * tl.exp2(total))
+        slope = tl.dot(scaled_steps(q_tile, tl.exp2(a)), dy_tile, slope * tl.exp2(total))
         decay = decay_after(a, True)
         scores = tl.dot(k_tile, tl.trans(q_tile)) * decay
         du_tile = tl.dot(k_tile, after) * tl.exp2(total - a)[:, None]
         du_tile = tl.dot(scores.to(k_tile.dtype), dy_tile, du_tile)
         inverse_tile = tl.load(state_at(inverse, row, chunk, chunks))
-        weighed = (du_tile * load_betas(beta, t, T, H)[:, None]).to(k_tile.dtype)
+        weighed = (du_tile * load_scales(beta, t, T, H)[:, None]).to(k_tile.dtype)
         dv_tile = tl.dot(tl.trans(inverse_tile), weighed).to(k_tile.dtype)
         store_rows(dv, dv_tile, t, columns, T, H * P, P)
-        slope -= tl.dot(faded(k_tile, a), dv_tile)
+        slope -= tl.dot(scaled_steps(k_tile, tl.exp2(a)), dv_tile)
         recalled = strictly(tl.dot(k_tile, tl.trans(k_tile)) * decay, True)
         du_tile -= tl.dot(recalled.to(k_tile.dtype), dv_tile)
         e_tile = load_rows(e, t, columns, T, H * P, P)
@@ -173,7 +169,7 @@ def delta_gradients(
     dy_tile = load_rows(dy + value, t, columns, T, H * P, P)
     dv_tile = load_rows(dv + value, t, columns, T, H * P, P)
     e_tile = load_rows(e + value, t, columns, T, H * P, P)
-    u_tile = (e_tile * load_betas(beta + step, t, T, H)[:, None]).to(k_tile.dtype)
+    u_tile = (e_tile * load_scales(beta + step, t, T, H)[:, None]).to(k_tile.dtype)
     before = tl.trans(tl.load(state_at(states, row, chunk, chunks)))
     decay, since = decay_after(a, False), tl.exp2(a)[:, None]
     by_k = strictly(tl.dot(dv_tile, tl.trans(u_tile)) * decay, False).to(k_tile.dtype)

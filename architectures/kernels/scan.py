@@ -18,18 +18,24 @@ def triton_takes(*tensors: Tensor) -> bool:
     return HAS_TRITON and all(x.is_cuda and x.dtype == torch.bfloat16 for x in tensors)
 
 
-def naive_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """The definition, one step after another: S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t.
+def naive_scan(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, delta: Tensor | None = None, skip: Tensor | None = None
+) -> Tensor:
+    """The definition, one step after another, with a_t = exp(log_decay_t) and c the skip of a head:
 
-    q, k (B, T, G, N), v (B, T, H, P), log_decay (B, T, H); y (B, T, H, P). H / G neighbouring heads share q and k.
+    S_t = a_t S_{t-1} + k_t (delta_t v_t)^T, y_t = S_t^T q_t + c v_t. Without them, delta is 1 and skip 0.
+    q, k (B, T, G, N), v (B, T, H, P), log_decay, delta (B, T, H), skip (H); y (B, T, H, P). H / G neighbouring heads
+    share q and k.
     """
     repeats = v.size(2) // q.size(2)
     q, k = q.repeat_interleave(repeats, dim=2), k.repeat_interleave(repeats, dim=2)
+    written = v if delta is None else v * delta[..., None]
     state, outputs = v.new_zeros(v.size(0), v.size(2), k.size(-1), v.size(-1)), []  # (B, H, N, P)
     for t in range(v.size(1)):
-        state = log_decay[:, t].exp()[..., None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = log_decay[:, t].exp()[..., None, None] * state + k[:, t, :, :, None] * written[:, t, :, None, :]
         outputs.append((q[:, t, :, :, None] * state).sum(dim=2))
-    return torch.stack(outputs, dim=1)
+    y = torch.stack(outputs, dim=1)
+    return y if skip is None else y + v * skip[:, None]
 
 
 def in_chunks(x: Tensor, chunk_size: int) -> Tensor:
@@ -49,17 +55,9 @@ def carry_decay(total: Tensor) -> Tensor:
     return torch.where(rows[:, None] > rows[None, :], runs, -torch.inf).exp()
 
 
-def chunked_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size: int = CHUNK_SIZE) -> Tensor:
-    """naive_scan by the state-space duality (Dao and Gu 2024, https://arxiv.org/abs/2405.21060).
-
-    Within a chunk y = ((q k^T) * decay) v; between chunks the summed states travel. log_decay is at most 0 and fp32.
-    In bf16 on CUDA the same is computed by Triton kernels, whose chunks have their own size.
-    """
-    if triton_takes(q, k, v):
-        from architectures.kernels.scan_op import triton_scan
-
-        return triton_scan(q, k, v, log_decay)
-    (_, T, H, P), (G, N), Q = v.shape, q.shape[2:], chunk_size
+def scan_in_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, Q: int) -> Tensor:
+    """naive_scan of values that are scaled already, and without a skip."""
+    (_, T, H, P), (G, N) = v.shape, q.shape[2:]
     q, k, v = (in_chunks(x, Q) for x in (q, k, v))  # (B, C, Q, G, N), twice, and (B, C, Q, H, P)
     log_decay = in_chunks(log_decay.float(), Q).cumsum(dim=2)  # (B, C, Q, H): from the chunk's beginning on
     q, k = q.transpose(2, 3), k.transpose(2, 3)  # (B, C, G, Q, N)
@@ -85,6 +83,29 @@ def chunked_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size:
     from_before = (q @ before).unflatten(-1, (H // G, P)).transpose(2, 3).flatten(3, 4)  # (B, C, Q, H, P)
     y = within + from_before * log_decay.exp().to(v.dtype)[..., None]
     return y.flatten(1, 2)[:, :T]
+
+
+def chunked_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    delta: Tensor | None = None,
+    skip: Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor:
+    """naive_scan by the state-space duality (Dao and Gu 2024, https://arxiv.org/abs/2405.21060).
+
+    Within a chunk y = ((q k^T) * decay) v; between chunks the summed states travel. log_decay is at most 0 and fp32.
+    In bf16 on CUDA the same is computed by Triton kernels, whose chunks have their own size.
+    """
+    if triton_takes(q, k, v):
+        from architectures.kernels.scan_op import triton_scan
+
+        return triton_scan(q, k, v, log_decay, delta, skip)
+    written = v if delta is None else v * delta.to(v.dtype)[..., None]
+    y = scan_in_chunks(q, k, written, log_decay, chunk_size)
+    return y if skip is None else (y + v * skip[:, None]).to(v.dtype)
 
 
 def naive_diagonal_scan(u: Tensor, log_decay: Tensor) -> Tensor:

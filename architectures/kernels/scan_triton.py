@@ -2,14 +2,16 @@
 
 Letters: B batch, T time, G key groups, H heads (G divides H), N key dim, P value dim of a head, S segments.
 
-Of one chunk of 64 steps, with `state` that before it, a its log decays summed from its beginning on and A their sum:
-    y = ((q k^T) * D) v + e^a q state,    state <- e^A state + (e^(A - a) k)^T v,    D_ts = e^(a_t - a_s) for s <= t.
-Backward, with `slope` the gradient of the state after the chunk:
-    dq = ((dy v^T) * D) k + e^a dy state^T,
-    dk = ((dy v^T) * D)^T q + e^(A - a) v slope^T,    dv = ((q k^T) * D)^T dy + e^(A - a) k slope,
-    slope <- e^A slope + (e^a q)^T dy.
+Of one chunk of 64 steps, with `state` that before it, a its log decays summed from its beginning on, A their sum,
+d the scales of v (delta), and c the head's share of v in y (skip):
+    y = ((q k^T) * D) d v + e^a q state + c v,    state <- e^A state + (e^(A - a) d k)^T v,
+    D_ts = e^(a_t - a_s) for s <= t.
+Backward, with `slope` the gradient of the state after the chunk and u that of d v:
+    dq = ((dy v^T) * D) d k + e^a dy state^T,    u = ((q k^T) * D)^T dy + e^(A - a) k slope,
+    dk = d ((dy v^T) * D)^T q + d e^(A - a) v slope^T,    slope <- e^A slope + (e^a q)^T dy,
+    dv = d u + c dy,    dd_t = v_t . u_t,    dc the sum of dy_t . v_t.
 The gradient of a log decay is <e^g state, slope> at its step, which is a sum over the steps that follow:
-    dg_t = dg_(t+1) + q_t . dq_t - v_t . dv_t,    from the products in fp32, not from dq and dv as they are stored.
+    dg_t = dg_(t+1) + q_t . dq_t - d_t dd_t,    from the products in fp32, not from dq and dv as they are stored.
 This is the state-space duality (Dao and Gu 2024, https://arxiv.org/abs/2405.21060), fused into one walk over time.
 
 One program walks one head through time with its state in registers: scan_forward and scan_dq from the left (scan_dq
@@ -17,7 +19,8 @@ makes the states again), scan_dkv from the right. No state is stored, except whe
 multiprocessors: then time is cut into segments, each with its own program, which starts from a state made beforehand.
 A chunk begins with the update of the state, whose operands need registers that the rest can have afterwards; thus
 nothing spills (tools.bench --kernels). Tiles are 64 x 64, for wgmma takes 64 rows from a group of four warps, and a
-narrower head is padded. A wider one is cut: y and dv are sums over tiles of N, dq and dk over tiles of P, dg over both.
+narrower head is padded. A wider one is cut: y and dv are sums over tiles of N, dq and dk over tiles of P, dg and dd
+over both. From one step to the next, q and k go KEYS numbers on and v VALUES: they may lie side by side in one tensor.
 
 Log decays are cut off at MIN_LOG_DECAY. One at or below it, -inf too, resets the state: it has no gradient, and dg
 starts from 0 before it, so that the rounding of one document does not reach another.
@@ -59,9 +62,14 @@ def load_decays(g, t, T, H: tl.constexpr):
 
 
 @triton.jit
-def faded(x, exponent):
+def load_scales(delta, t, T, H: tl.constexpr):
+    return tl.load(delta + t * H, mask=t < T, other=0.0)
+
+
+@triton.jit
+def scaled_steps(x, scales):
     """x^T with each of its steps scaled."""
-    return tl.trans((x * tl.exp2(exponent)[:, None]).to(x.dtype))
+    return tl.trans((x * scales[:, None]).to(x.dtype))
 
 
 @triton.jit
@@ -86,8 +94,10 @@ def state_at(states, row, slot, slots):
 
 
 @triton.jit
-def locate(T, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
-    """Where this program's head begins: (in q and k, in steps, in dq and dk, in y and dv), its row, its columns n, p.
+def locate(
+    T, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr
+):  # fmt: skip
+    """Where this program's head begins: (in q and k, in v, in steps, in dq and dk, in y and dv), row, columns n and p.
 
     Each part of a sum over tiles is a tensor of its own; a row is a head of the batch, once per tile.
     """
@@ -97,21 +107,30 @@ def locate(T, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr
     tile_n, tile_p = tile // tiles_p, tile % tiles_p
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     step = b * T * H + h
-    key = (b * T * G + h // (H // G)) * N
+    key, value = b * T * KEYS + h // (H // G) * N, b * T * VALUES + h * P
     n = tile_n * SCAN_TILE + tl.arange(0, SCAN_TILE)
     p = tile_p * SCAN_TILE + tl.arange(0, SCAN_TILE)
     size = heads.to(tl.int64) * T
-    return key, step, (tile_p * size + step) * N, (tile_n * size + step) * P, row, n, p
+    return key, value, step, (tile_p * size + step) * N, (tile_n * size + step) * P, row, n, p
+
+
+@triton.jit
+def load_skip(skip, H: tl.constexpr, P: tl.constexpr):
+    """c of this program's head, in the first of the tiles of N whose sum is y."""
+    share = tl.load(skip + tl.program_id(0) % H)
+    return tl.where(tl.program_id(2) < (P + SCAN_TILE - 1) // SCAN_TILE, share, 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "length"])
 def scan_forward(
-    q, k, v, g, y, starts, T, length,
-    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, SEGMENTED: tl.constexpr,
+    q, k, v, g, delta, skip, y, starts, T, length,
+    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """y of one head, tile and segment: grid (B H, S, tiles)."""
-    key, step, _, out, row, n, p = locate(T, G, H, N, P)
-    q, k, v, g, y = q + key, k + key, v + step * P, g + step, y + out
+    key, value, step, _, out, row, n, p = locate(T, G, H, N, P, KEYS, VALUES)
+    q, k, v, g, delta, y = q + key, k + key, v + value, g + step, delta + step, y + out
+    share = load_skip(skip, H, P)
     segment = tl.program_id(1)
     state = tl.zeros([SCAN_TILE, SCAN_TILE], tl.float32)
     if SEGMENTED and segment > 0:
@@ -119,43 +138,49 @@ def scan_forward(
     for start in tl.range(segment * length, min(T, segment * length + length), SCAN_TILE, disable_licm=True):
         t = start + tl.arange(0, SCAN_TILE)
         a, total, _going_on = load_decays(g, t, T, H)
-        k_tile = load_rows(k, t, n, T, G * N, N)
-        v_tile = load_rows(v, t, p, T, H * P, P)
+        scales = load_scales(delta, t, T, H)
+        k_tile = load_rows(k, t, n, T, KEYS, N)
+        v_tile = load_rows(v, t, p, T, VALUES, P)
         before = state.to(k_tile.dtype)
-        state = tl.dot(faded(k_tile, total - a), v_tile, state * tl.exp2(total))
-        q_tile = load_rows(q, t, n, T, G * N, N)
+        state = tl.dot(scaled_steps(k_tile, tl.exp2(total - a) * scales), v_tile, state * tl.exp2(total))
+        q_tile = load_rows(q, t, n, T, KEYS, N)
         y_tile = tl.dot(q_tile, before) * tl.exp2(a)[:, None]
-        scores = tl.dot(q_tile, tl.trans(k_tile)) * decay_after(a, False)
+        scores = tl.dot(q_tile, tl.trans(k_tile)) * decay_after(a, False) * scales[None, :]
         y_tile = tl.dot(scores.to(v_tile.dtype), v_tile, y_tile)
-        store_rows(y, y_tile, t, p, T, H * P, P)
+        store_rows(y, y_tile + v_tile * share, t, p, T, H * P, P)
 
 
 @triton.jit(do_not_specialize=["T", "length"])
 def scan_dq(
-    q, k, v, g, dy, dq, q_dq, starts, T, length,
-    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, SEGMENTED: tl.constexpr,
+    q, k, v, g, delta, dy, dq, q_dq, dy_v, starts, T, length,
+    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):  # fmt: skip
-    """dq of one head, tile and segment, and q . dq (tiles, B, H, T): grid (B H, S, tiles)."""
-    key, step, out, _, row, n, p = locate(T, G, H, N, P)
-    q, k, v, g, dy, dq, q_dq = q + key, k + key, v + step * P, g + step, dy + step * P, dq + out, q_dq + row * T
-    segment = tl.program_id(1)
+    """dq of one head, tile and segment, q . dq (tiles, B, H, T), and the sum of dy . v: grid (B H, S, tiles)."""
+    key, value, step, out, _, row, n, p = locate(T, G, H, N, P, KEYS, VALUES)
+    q, k, v, g, delta, dy = q + key, k + key, v + value, g + step, delta + step, dy + step * P
+    dq, q_dq = dq + out, q_dq + row * T
+    segment, along = tl.program_id(1), 0.0
     state = tl.zeros([SCAN_TILE, SCAN_TILE], tl.float32)
     if SEGMENTED and segment > 0:
         state = tl.load(state_at(starts, row, segment - 1, tl.num_programs(1) - 1))
     for start in tl.range(segment * length, min(T, segment * length + length), SCAN_TILE, disable_licm=True):
         t = start + tl.arange(0, SCAN_TILE)
         a, total, _going_on = load_decays(g, t, T, H)
-        k_tile = load_rows(k, t, n, T, G * N, N)
-        v_tile = load_rows(v, t, p, T, H * P, P)
+        scales = load_scales(delta, t, T, H)
+        k_tile = load_rows(k, t, n, T, KEYS, N)
+        v_tile = load_rows(v, t, p, T, VALUES, P)
         before = state.to(k_tile.dtype)
-        state = tl.dot(faded(k_tile, total - a), v_tile, state * tl.exp2(total))
+        state = tl.dot(scaled_steps(k_tile, tl.exp2(total - a) * scales), v_tile, state * tl.exp2(total))
         dy_tile = load_rows(dy, t, p, T, H * P, P)
         dq_tile = tl.dot(dy_tile, tl.trans(before)) * tl.exp2(a)[:, None]
-        d_scores = tl.dot(dy_tile, tl.trans(v_tile)) * decay_after(a, False)
+        along += tl.sum(tl.sum(dy_tile.to(tl.float32) * v_tile, 1), 0)
+        d_scores = tl.dot(dy_tile, tl.trans(v_tile)) * decay_after(a, False) * scales[None, :]
         dq_tile = tl.dot(d_scores.to(k_tile.dtype), k_tile, dq_tile)
         store_rows(dq, dq_tile, t, n, T, H * N, N)
-        q_tile = load_rows(q, t, n, T, G * N, N)
+        q_tile = load_rows(q, t, n, T, KEYS, N)
         tl.store(q_dq + t, tl.sum(dq_tile * q_tile, 1), mask=t < T)
+    tl.store(dy_v + row * tl.num_programs(1) + segment, along)
 
 
 @triton.jit
@@ -166,13 +191,16 @@ def chain_stretches(later, later_sum, going_on, x):
 
 @triton.jit(do_not_specialize=["T", "length"])
 def scan_dkv(
-    q, k, v, g, dy, q_dq, dk, dv, dg, starts, ends, T, length,
-    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, SEGMENTED: tl.constexpr,
+    q, k, v, g, delta, skip, dy, q_dq, dk, dv, dg, d_delta, starts, ends, T, length,
+    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and dg of one head, tile and segment; ends are the slopes after each segment: grid (B H, S, tiles)."""
-    key, step, out_n, out_p, row, n, p = locate(T, G, H, N, P)
-    q, k, v, g, dy, q_dq = q + key, k + key, v + step * P, g + step, dy + step * P, q_dq + row * T
-    dk, dv, dg = dk + out_n, dv + out_p, dg + tl.program_id(2).to(tl.int64) * tl.num_programs(0) * T + step
+    """dk, dv, dg and dd of one head, tile and segment; ends are the slopes after segments: grid (B H, S, tiles)."""
+    key, value, step, out_n, out_p, row, n, p = locate(T, G, H, N, P, KEYS, VALUES)
+    q, k, v, g, delta, dy = q + key, k + key, v + value, g + step, delta + step, dy + step * P
+    part = tl.program_id(2).to(tl.int64) * tl.num_programs(0) * T + step
+    q_dq, dk, dv, dg, d_delta = q_dq + row * T, dk + out_n, dv + out_p, dg + part, d_delta + part
+    share = load_skip(skip, H, P)
     segment, slots = tl.program_id(1), tl.num_programs(1) - 1
     slope = tl.zeros([SCAN_TILE, SCAN_TILE], tl.float32)
     dg_later = 0.0
@@ -183,18 +211,21 @@ def scan_dkv(
     for i in tl.range(chunks, disable_licm=True):
         t = segment * length + (chunks - 1 - i) * SCAN_TILE + tl.arange(0, SCAN_TILE)
         a, total, going_on = load_decays(g, t, T, H)
-        q_tile = load_rows(q, t, n, T, G * N, N)
+        scales = load_scales(delta, t, T, H)
+        q_tile = load_rows(q, t, n, T, KEYS, N)
         dy_tile = load_rows(dy, t, p, T, H * P, P)
         after = slope.to(q_tile.dtype)
-        slope = tl.dot(faded(q_tile, a), dy_tile, slope * tl.exp2(total))
+        slope = tl.dot(scaled_steps(q_tile, tl.exp2(a)), dy_tile, slope * tl.exp2(total))
         decay, to_end = decay_after(a, True), tl.exp2(total - a)[:, None]
-        k_tile = load_rows(k, t, n, T, G * N, N)
+        k_tile = load_rows(k, t, n, T, KEYS, N)
         scores = tl.dot(k_tile, tl.trans(q_tile)) * decay
-        dv_tile = tl.dot(k_tile, after) * to_end
-        dv_tile = tl.dot(scores.to(q_tile.dtype), dy_tile, dv_tile)
-        store_rows(dv, dv_tile, t, p, T, H * P, P)
-        v_tile = load_rows(v, t, p, T, H * P, P)
-        x = tl.load(q_dq + t, mask=t < T, other=0.0) - tl.sum(dv_tile * v_tile, 1)
+        u_tile = tl.dot(k_tile, after) * to_end
+        u_tile = tl.dot(scores.to(q_tile.dtype), dy_tile, u_tile)
+        store_rows(dv, u_tile * scales[:, None] + dy_tile * share, t, p, T, H * P, P)
+        v_tile = load_rows(v, t, p, T, VALUES, P)
+        u_v = tl.sum(u_tile * v_tile, 1)
+        tl.store(d_delta + t * H, u_v, mask=t < T)
+        x = tl.load(q_dq + t, mask=t < T, other=0.0) - u_v * scales
         through, x = tl.associative_scan((going_on, x * going_on), 0, chain_stretches, reverse=True)
         x += through * dg_later
         dg_later = tl.sum(tl.where(tl.arange(0, SCAN_TILE) == 0, x, 0.0), 0)
@@ -202,20 +233,21 @@ def scan_dkv(
         d_scores = tl.dot(v_tile, tl.trans(dy_tile)) * decay
         dk_tile = tl.dot(v_tile, tl.trans(after)) * to_end
         dk_tile = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk_tile)
-        store_rows(dk, dk_tile, t, n, T, H * N, N)
+        store_rows(dk, dk_tile * scales[:, None], t, n, T, H * N, N)
 
 
 @triton.jit(do_not_specialize=["T", "length"])
 def segment_states(
-    x, values, g, states, fades, T, length,
-    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BACKWARD: tl.constexpr,
+    x, values, g, delta, states, fades, T, length,
+    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What one segment adds to the state after it, or BACKWARD to the slope before it, and the decay over it.
 
     x is k, or BACKWARD q; values v, or BACKWARD dy. Slot i lies between segments i and i + 1: grid (B H, S - 1, tiles).
     """
-    key, step, _, _, row, n, p = locate(T, G, H, N, P)
-    x, values, g = x + key, values + step * P, g + step
+    key, value, step, _, _, row, n, p = locate(T, G, H, N, P, KEYS, VALUES)
+    x, values, g, delta = x + key, values + value, g + step, delta + step
     slot, slots = tl.program_id(1), tl.num_programs(1)
     segment = slot + 1 if BACKWARD else slot
     state = tl.zeros([SCAN_TILE, SCAN_TILE], tl.float32)
@@ -224,9 +256,10 @@ def segment_states(
     for i in tl.range(chunks, disable_licm=True):
         t = segment * length + (chunks - 1 - i if BACKWARD else i) * SCAN_TILE + tl.arange(0, SCAN_TILE)
         a, total, _going_on = load_decays(g, t, T, H)
-        x_tile = load_rows(x, t, n, T, G * N, N)
-        value_tile = load_rows(values, t, p, T, H * P, P)
-        state = tl.dot(faded(x_tile, a if BACKWARD else total - a), value_tile, state * tl.exp2(total))
+        x_tile = load_rows(x, t, n, T, KEYS, N)
+        value_tile = load_rows(values, t, p, T, VALUES, P)
+        scales = tl.exp2(a) if BACKWARD else tl.exp2(total - a) * load_scales(delta, t, T, H)
+        state = tl.dot(scaled_steps(x_tile, scales), value_tile, state * tl.exp2(total))
         fade += total
     tl.store(state_at(states, row, slot, slots), state)
     tl.store(fades + row * slots + slot, fade)
