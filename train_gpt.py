@@ -7,6 +7,7 @@
 Reads top to bottom: settings, machine, tokens and batches, score, optimizers, schedule, artifact, training, main.
 """
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -27,6 +28,7 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -42,6 +44,13 @@ import numpy as np  # noqa: E402  the process clock starts before the slow impor
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn.attention import (  # noqa: E402
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 # BEGIN KIT IMPORT: tools.pack puts the files themselves in place of these lines.
 from architectures import load_architecture  # noqa: E402
@@ -58,7 +67,7 @@ from architectures.layers import (  # noqa: E402
 gc.enable()
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 MEMORY_SHARE = 0.6  # of what is free, for what a forward keeps; logits, gradients and optimizers take of the rest
-KEPT_COMPILED = 0.55  # of what eager keeps for backward: gpt's graph for a GPU keeps 129 kB a token, eager on CPU 237
+KEPT_COMPILED = 0.55  # of what eager on CPU keeps for backward: gpt's graph for a GPU, in bf16, 129 of 237 kB a token
 BYTE_CAP = 16_000_000  # of the artifact and the script together, decimal
 
 # -----------------------------------------------------------------------------
@@ -225,6 +234,14 @@ class Machine:
             dist.all_reduce(values)
         return values
 
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor([value], device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
     def begin_mean(self, values: Tensor) -> Callable[[], object]:
         """Begin to average values over the ranks, in place; the call of what comes back waits for the end of that."""
         if self.world_size == 1:
@@ -309,57 +326,66 @@ def make_machine(run: RunConfig) -> Machine:
     return machine
 
 
-def attention_kernels(device: torch.device) -> dict[str, Callable[[], None]]:
-    """The attention kernels worth a race on this device, by name: functions that leave PyTorch with that one alone."""
+def attention_kernels(device: torch.device) -> dict[str, tuple[SDPBackend, str | None]]:
+    """What is worth a race on this device, by name: PyTorch's backend, and whose flash attention, None for its own."""
     if device.type != "cuda":
         return {}
-
-    def only(flash: bool, version: str | None) -> None:
-        torch.backends.cuda.enable_flash_sdp(flash)
-        torch.backends.cuda.enable_cudnn_sdp(not flash)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        if version:
-            torch.nn.attention.activate_flash_attention_impl(version)
-        elif flash:
-            torch.nn.attention.restore_flash_attention_impl()
-
-    kernels = {"flash": lambda: only(True, None), "cudnn": lambda: only(False, None)}
+    kernels = {"flash": (SDPBackend.FLASH_ATTENTION, None), "cudnn": (SDPBackend.CUDNN_ATTENTION, None)}
     if importlib.util.find_spec("flash_attn_interface"):  # the package of FlashAttention 3
-        kernels["flash3"] = lambda: only(True, "FA3")
+        kernels["flash3"] = SDPBackend.FLASH_ATTENTION, "FA3"
     return kernels
 
 
-def race(kernels: dict[str, Callable[[], None]], work: Callable[[], Tensor]) -> dict[str, float]:
-    """Milliseconds of work() after each kernel's switch, the least of ten; a kernel that refuses is left out."""
+def use_flash_attention(version: str | None) -> None:
+    """Have PyTorch's backend of that name call another package's kernels, or its own again."""
+    if version:
+        activate_flash_attention_impl(version)
+    elif current_flash_attention_impl():
+        restore_flash_attention_impl()
+
+
+def race(kernels: dict[str, tuple[SDPBackend, str | None]], work: Callable[[], Tensor]) -> dict[str, float]:
+    """Milliseconds of work() with each kernel and no other, the least of ten; a kernel that refuses is left out."""
     found = {}
-    for name, switch in kernels.items():
-        try:
-            switch()
-            laps = []
-            for _ in range(10):
-                start = time.perf_counter()
-                work().sum().item()  # waits for the device
-                laps.append(1000 * (time.perf_counter() - start))
+    for name, (backend, version) in kernels.items():
+        with contextlib.suppress(Exception):  # of whatever kind it is that a kernel says it in
+            use_flash_attention(version)
+            with sdpa_kernel(backend):
+                laps = []
+                for _ in range(10):
+                    start = time.perf_counter()
+                    work().sum().item()  # waits for the device
+                    laps.append(1000 * (time.perf_counter() - start))
             found[name] = min(laps)
-        except (RuntimeError, ImportError, ValueError):
-            continue
     return found
 
 
+PREFERRED = contextlib.ExitStack()  # what PyTorch has been told to attend by, until it is told otherwise
+
+
 def choose_attention(config: ModelConfig, machine: Machine, rows: int) -> str:
-    """Leave PyTorch with the attention kernel that is fastest, forward and backward, at this shape; what was found."""
+    """Have PyTorch prefer the attention kernel that is fastest, forward and backward, at this shape; what was found."""
     kernels = attention_kernels(machine.device)
     if not kernels or machine.dtype != torch.bfloat16:
         return "PyTorch's choice"
-    shapes = [(rows, heads, config.train_seq_len, config.head_dim) for heads in (config.num_heads, config.num_kv_heads)]
+    PREFERRED.close()
     q, k, v = (
-        torch.randn(shape, device=machine.device, dtype=machine.dtype, requires_grad=True)
-        for shape in (shapes[0], shapes[1], shapes[1])
+        torch.randn(rows, config.train_seq_len, heads, config.head_dim, device=machine.device, dtype=machine.dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     )
     found = race(kernels, lambda: torch.autograd.grad(causal_attention(q, k, v).sum(), (q, k, v))[0])
-    order = torch.tensor([found.get(name, math.inf) for name in kernels], device=machine.device)
-    name = list(kernels)[int(machine.sum(order).argmin())]  # the same on every rank
-    kernels[name]()
+    order = machine.sum(torch.tensor([found.get(name, math.inf) for name in kernels], device=machine.device))
+    if not order.isfinite().any():  # that on no kernel all ranks agree
+        use_flash_attention(None)
+        return "PyTorch's choice (all others refuse)"
+    name = list(kernels)[int(order.argmin())]  # the same on every rank
+    backend, version = kernels[name]
+    use_flash_attention(version)
+    # The others stay, for shapes that the first refuses.
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    PREFERRED.enter_context(sdpa_kernel([backend, *others], set_priority=True))
     return f"{name} ({', '.join(f'{kernel} {ms:.2f}ms' for kernel, ms in found.items())})"
 
 
@@ -1363,20 +1389,23 @@ class Trainer:
     def make_fit(self, batch: Tensor, log: RunLog) -> None:
         """Cut the batch into more micro-batches while the device's memory is too small for one; alike on every rank."""
         while True:
-            full = torch.zeros(1, device=batch.device)
+            full = 0
             try:
                 self.backward(batch)
-            except torch.OutOfMemoryError:
-                full += 1
+            except RuntimeError as error:
+                if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")):  # the latter: cuBLAS
+                    raise
+                full = 1
             for p in self.optimizers.params:
                 p.grad = None
-            if not self.machine.sum(full).item():
+            if not self.machine.most(full):
                 return
             if self.micro_batches == len(batch):
                 raise ValueError(
                     f"one row of TRAIN_SEQ_LEN={batch.size(1) - 1} is too much for the memory of {batch.device}; "
                     "shorten it or make the model smaller"
                 )
+            gc.collect()  # a traceback may hold what did fit
             torch.cuda.empty_cache()
             self.micro_batches = split_rows(len(batch), 1, 0.75 * len(batch) / self.micro_batches)
             log(f"micro_batches:{self.micro_batches} (larger ones do not fit the memory)")
@@ -1403,7 +1432,8 @@ class Trainer:
                 fastest, launched = min(laps)  # the least: compilation and hiccups say nothing about the next step
                 seconds = max(seconds, fastest)
                 done = f"{self.run.warmup_steps}/{self.run.warmup_steps} at_fraction:{fraction}"
-                log(f"warmup_step:{done} fastest:{1000 * fastest:.0f}ms launched_after:{1000 * launched:.0f}ms")
+                queued = f" launched_after:{1000 * launched:.0f}ms" if self.machine.device.type == "cuda" else ""
+                log(f"warmup_step:{done} fastest:{1000 * fastest:.0f}ms{queued}")
         with torch.no_grad():
             for name, t in [*model.named_parameters(), *model.named_buffers()]:
                 t.copy_(kept[name])
@@ -1530,7 +1560,7 @@ def check_batch(run: RunConfig, T: int, world_size: int) -> None:
 def kept_bytes(model: LanguageModel) -> float:
     """Bytes a token, weights aside, that autograd keeps of the loss on one window of noise, uncompiled and on CPU.
 
-    KEPT_COMPILED is of these, and uncompiled CUDA is no better witness: there FlexAttention writes out all scores.
+    token_bytes goes by these, and uncompiled CUDA is no better witness: there FlexAttention writes out all scores.
     """
     model = copy.deepcopy(model).cpu()  # a copy, for what a forward counts and remembers is no part of the run
     params, T, V, most = list(model.parameters()), model.config.train_seq_len, model.config.vocab_size, 0
@@ -1553,6 +1583,11 @@ def kept_bytes(model: LanguageModel) -> float:
     return most / T
 
 
+def token_bytes(model: LanguageModel, compiled: bool) -> float:
+    """Bytes a token that a step keeps for backward. Compiled in fp32 these are hardly fewer than in eager."""
+    return kept_bytes(model) * (KEPT_COMPILED if compiled and model.compute_dtype == torch.bfloat16 else 1.0)
+
+
 def split_rows(rows: int, T: int, most: float) -> int:
     """Into how many equal parts, of one row at least, rows of T tokens must go so that none has more than `most`."""
     limit = max(T, int(most))
@@ -1560,17 +1595,17 @@ def split_rows(rows: int, T: int, most: float) -> int:
 
 
 def micro_batch_count(run: RunConfig, model: LanguageModel, machine: Machine) -> int:
-    """Backward passes per step and rank, 1 unless memory asks for more. The model has the number format of training."""
+    """Backward passes of a rank per step, alike on all: 1, unless memory asks for more. The model is as in training."""
     config, T = model.config, model.config.train_seq_len
     rows = run.train_batch_tokens // machine.world_size // T
     if run.micro_batch_tokens:
         return split_rows(rows, T, run.micro_batch_tokens)
-    token_bytes = kept_bytes(model) * (KEPT_COMPILED if machine.compile else 1.0)
+    kept = token_bytes(model, machine.compile)
     blocked = machine.device.type == "cpu" and machine.compile and machine.dtype == torch.bfloat16
     if blocked and T <= MAX_BLOCKED_SEQ_LEN:  # the weights that blocked attention keeps
-        token_bytes += config.num_layers * config.num_heads * T
+        kept += config.num_layers * config.num_heads * T
     memory = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else 8 << 30
-    return split_rows(rows, T, MEMORY_SHARE * memory / token_bytes)
+    return machine.most(split_rows(rows, T, MEMORY_SHARE * memory / kept))
 
 
 def prepare_run(run: RunConfig, model_config: ModelConfig, env=os.environ) -> tuple[Dataset, ModelConfig]:
@@ -1818,18 +1853,23 @@ def main(argv: list[str]) -> int:
             return serve(argv[1])
         if argv:
             raise ValueError(f"unknown arguments {' '.join(argv)}; settings are environment variables, see --help")
-        return run_training(*read_settings())
+        status = run_training(*read_settings())
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
+    try:
+        status = main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
-    os._exit(status)  # tearing torch down takes most of a second that a user would wait for an error message
+    # Tearing torch down takes most of a second, and after a failure it would wait for ranks that wait for this one.
+    os._exit(status)

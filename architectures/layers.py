@@ -152,6 +152,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
             return blocked_attention(q, k, v, is_causal)
         q, k, v = q.float(), k.float(), v.float()  # PyTorch's backward in bf16 takes three times as long
     grouped = q.size(1) != k.size(1)
+    if grouped and q.device.type == "cuda" and dtype == torch.float32:  # no kernel takes both but one that keeps scores
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped).to(dtype)
 
 

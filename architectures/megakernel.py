@@ -12,6 +12,7 @@ Differs from the paper: kernels for this model's blocks, operators that torch.co
 used unmeasured. A megakernel in the strict sense is one launch for a whole model, made for decoding; this is not that.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -166,9 +167,9 @@ class Model(LanguageModel):
             try:
                 gain = speedup(best, rival)
             except Exception as error:  # whatever a compiler or a device refuses a kernel with, it stays off
-                gain, why = 0.0, f" ({type(error).__name__})"
+                gain, why = -math.inf, f" ({type(error).__name__})"  # on one rank is off on all
             total, ranks = agree(torch.tensor([gain, 1.0], device=self.embed.weight.device)).tolist()
-            found.append(f"{name} {total / ranks:.3f}x{why}")
+            found.append(f"{name} {max(0.0, total / ranks):.3f}x{why}")
             if total / ranks >= LEAST_GAIN:
                 chosen, best = [*chosen, name], rival
         self.use(chosen)

@@ -103,30 +103,14 @@ def neighbour_attention(q: Tensor, k: Tensor, v: Tensor, distance: int, neighbou
 
 
 class NeighbourAttention(CausalSelfAttention):
-    """CausalSelfAttention to a few cells on the left."""
+    """CausalSelfAttention to a few cells on the left: position t sees t, t - distance, t - 2 distance ..."""
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.distance, self.neighbours = 1, config.nca_neighbours
-
-    def forward(self, x: Tensor, scale: Tensor | None, distance: int) -> Tensor:
-        """(B, T, D) to (B, T, D); position t sees t, t - distance, t - 2 distance ..."""
-        self.distance = distance
-        return super().forward(x, scale)
+        self.distance, self.neighbours = 1, config.nca_neighbours  # the distance is that of the step at hand
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return neighbour_attention(q, k, v, self.distance, self.neighbours)
-
-
-class Rule(Block):
-    """A Block whose mixer is told the distance between neighbours."""
-
-    def forward(self, x: Tensor, x0: Tensor, distance: int) -> Tensor:
-        """x and x0 (B, T, D) to (B, T, D); x0 is the normalised embedding."""
-        mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + self.mixer(rms_norm(x), self.mixer_scale, distance)
-        return x + self.mlp(rms_norm(x), self.mlp_scale)
 
 
 class Sheet(nn.Module):
@@ -181,7 +165,7 @@ class Model(GeneratedStack):
     def make_blocks(self) -> nn.ModuleList:
         if self.config.nca_mode == "weights":
             return super().make_blocks()
-        return nn.ModuleList(Rule(NeighbourAttention(self.config), self.config) for _ in range(self.config.num_layers))
+        return nn.ModuleList(Block(NeighbourAttention(self.config), self.config) for _ in range(self.config.num_layers))
 
     @property
     def num_skips(self) -> int:
@@ -194,7 +178,8 @@ class Model(GeneratedStack):
         x0, config = x, self.config
         for step in range(config.nca_steps):
             rule = self.blocks[step * len(self.blocks) // config.nca_steps]
-            new = rule(x, x0, config.distance(step))
+            rule.mixer.distance = config.distance(step)
+            new = rule(x, x0)
             x = fire(x, new, config.nca_fire) if self.training else new
         return x
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from architectures import load_architecture
+from data import prepare, tokenizers
 from tools import bench, costs, plain_step
 from tools.logs import read_log
 from tools.plain_step import (
@@ -138,7 +139,7 @@ def test_only_a_machine_with_cuda_is_asked_for_cuda_graphs():
     counts = {(bf16, compiled): 1 for bf16 in (False, True) for compiled in (False, True)}
     for device, there in (("cpu", False), ("cuda", True)):
         machine = Machine(torch.device(device), dtype=torch.bfloat16, compile=True)
-        assert ("kit, CUDA graphs" in plain_step.variants(RunConfig(), machine, counts, 8)) == there
+        assert ("kit in 2 micro-batches, CUDA graphs" in plain_step.variants(RunConfig(), machine, counts, 8)) == there
 
 
 def test_a_step_with_other_losses_is_another_step():
@@ -155,6 +156,19 @@ def test_a_step_that_fails_is_a_row_with_its_error_and_costs_the_others_nothing(
     found = measure_step(*read_settings(SHAPE | {"COMPILE": "0", "BF16": "0"}), rounds=2)
     assert not found["ok"] and [row["what"] for row in found["rows"]] == ["plain", "kit", "other"]
     assert "'other' ended" in found["rows"][2]["error"] and found["rows"][1]["n"] == 2
+
+
+def test_a_lap_that_fails_costs_its_own_row_alone(monkeypatch):
+    class Elsewhere(plain_step.Elsewhere):
+        def lap(self, steps: int) -> float:
+            if self.name == "other":
+                raise ValueError("no room any more")
+            return super().lap(steps)
+
+    monkeypatch.setattr(plain_step, "Elsewhere", Elsewhere)
+    monkeypatch.setattr(plain_step, "variants", lambda *_: dict(plain=Choices(plain=True), other=Choices()))
+    found = measure_step(*read_settings(SHAPE | {"COMPILE": "0", "BF16": "0"}), rounds=2)
+    assert not found["ok"] and [row.get("error") for row in found["rows"]] == [None, "no room any more"]
 
 
 def test_a_process_that_ends_is_named():
@@ -275,9 +289,9 @@ def test_startup_makes_the_failures_that_it_times(tmp_path):
 
 def test_prepare_trains_its_tokenizer_on_the_documents_that_it_measures(tmp_path, monkeypatch):
     used = []
-    monkeypatch.setattr(bench, "train_tokenizer", lambda documents, size: str(documents).encode())
+    monkeypatch.setattr(tokenizers, "train_tokenizer", lambda documents, size: str(documents).encode())
     speed = {"speedup": 2.0}
-    monkeypatch.setattr(bench, "benchmark", lambda texts, path: used.append((texts, path.read_bytes())) or speed)
+    monkeypatch.setattr(prepare, "benchmark", lambda texts, path: used.append((texts, path.read_bytes())) or speed)
     (tmp_path / "documents.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     found = bench.measure_prepare(tmp_path / "documents.jsonl", 2)
     assert [raw for _, raw in used[0][0]] == [b"one", b"two"] and used[0][1] == str(used[0][0]).encode()

@@ -54,6 +54,35 @@ def test_architectures_that_one_call_has_no_time_for_are_left_to_the_next(tmp_pa
     assert len(list(tmp_path.glob("archs_*.json"))) == 2
 
 
+def test_an_architecture_that_two_calls_had_no_time_for_does_not_keep_the_others_waiting(tmp_path):
+    settings = {name: str(value) for name, value in TINY.items()} | dict(VOCAB_SIZE="64", COMPILE="0")
+    for rows in (0, 1):
+        found = gpu_check.archs(tmp_path, ["gpt", "shared"], settings, wait=0.1)
+        assert found["unfinished"] and [row["what"] for row in found["rows"]] == ["gpt"][:rows]
+    found = gpu_check.archs(tmp_path, ["gpt", "shared"], settings, wait=120)
+    assert found["rows"][0]["error"].startswith("twice not measured within 0.1 s") and not found["ok"]
+    assert found["rows"][1]["what"] == "shared" and "n" in found["rows"][1] and not found["unfinished"]
+
+
+def test_what_fails_is_a_row_and_a_note_and_costs_the_rest_nothing(tmp_path, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(gpu_check, "relu2_mlp", refuse)
+    found = gpu_check.parity("cpu", shapes=((1, 65, 1, 2, 16, 32),))
+    bad = [row for row in found["rows"] if "error" in row]
+    assert [row["what"] for row in bad] == 2 * ["fused mlp"] and not found["ok"] and len(found["rows"]) == 16
+    assert found["notes"][0] == "FAIL fused mlp torch.float32: RuntimeError: no such instruction"
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "hardware_name", lambda machine: "1x test")
+    monkeypatch.setattr(gpu_check, "parity", refuse)
+    monkeypatch.setattr(gpu_check, "kernels", lambda device: dict(rows=[], notes=["kernels ran"], ok=True))
+    assert gpu_check.main(["parity", "kernels", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL parity: RuntimeError: no such instruction" in said and "kernels ran" in said
+    assert [path.name for path in tmp_path.glob("*.json")] == ["gpu_check_kernels_1x_test.json"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_without_cuda_it_says_so_in_a_sentence():
     for python, sentence in (

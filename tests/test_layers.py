@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architectures import layers
 from architectures.layers import ModelConfig
@@ -126,6 +127,20 @@ def test_a_scale_is_a_factor_of_what_a_layer_gives(takes_scale):
     results, params = [layers.scaled(layer, x, scale), scale * layer(x)], (x, scale, *layer.parameters())
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), params) for y in results))
+
+
+def test_fp32_on_cuda_attends_with_as_many_keys_as_queries(monkeypatch):
+    seen = []
+
+    def kernel(q, k, v, *_, enable_gqa, **__):
+        seen.append((k.size(1), v.size(1), enable_gqa))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16):
+            layers.causal_attention(*(torch.empty(1, n, 8, 4, device="cuda", dtype=dtype) for n in (4, 2, 2)))
+    assert seen == [(4, 4, False), (2, 2, True)]
 
 
 def test_attention_is_handed_heads_as_they_lie_in_memory():

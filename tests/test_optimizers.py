@@ -123,7 +123,7 @@ class Large(Gpt):
 
     def training_loss(self, input_ids, target_ids):
         if len(input_ids) > 2:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return super().training_loss(input_ids, target_ids)
 
 
@@ -133,7 +133,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_cut_into_more_parts():
     trainer.make_fit(some_tokens(12, 65), lines.append)
     assert [line.split()[0] for line in lines] == [f"micro_batches:{count}" for count in (2, 3, 4, 6)]
     assert all(p.grad is None for p in trainer.optimizers.params)
-    trainer.model.training_loss = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    trainer.model.training_loss = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(ValueError, match="one row of TRAIN_SEQ_LEN=64 is too much for the memory of cpu"):
         trainer.make_fit(some_tokens(12, 65), lines.append)
 

@@ -96,7 +96,7 @@ def test_an_honest_record_that_heard_the_bell_passes(by_clock, data):
     assert all(isinstance(one, Found) and not one.problems for one in found.values()), found
     run = short_run.short_run(case)
     rows = found["P18"].evidence[0].rows
-    assert run.stopped_by_clock and len(rows) > 10 and max(abs(row[4]) for row in rows) < 0.001
+    assert run.stopped_by_clock and len(rows) > 5 and max(abs(row[4]) for row in rows) < 0.001
 
 
 def test_an_honest_record_that_ran_out_of_steps_passes(by_steps, data, plain):

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, environment, result_of, run_script, sys, timed, write_bytes_data, write_shard
+from torch.nn.attention import SDPBackend
 
 import train_gpt
-from architectures.layers import causal_attention
+from architectures.layers import ModelConfig, causal_attention
 
 CPU = train_gpt.Machine(torch.device("cpu"))
 
@@ -123,6 +124,14 @@ def test_two_nodes_train_like_one_process_and_only_the_first_writes(one_process,
     assert [node.returncode for node in nodes] == [0, 0], errors[-2000:]
     assert_trained_like(one_process, output)
     assert silence == "" and not (tmp_path / "1").exists()
+
+
+def test_what_one_rank_refuses_ends_all(one_process, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/train.log").write_text("another run's")
+    both = torchrun(one_process[0] | dict(OUT_DIR=tmp_path, RUN_ID="r"), "--standalone", "--nproc_per_node=2")
+    _, errors = both.communicate(timeout=60)
+    assert both.returncode != 0 and "error: RUN_ID=r has a log in" in errors
 
 
 def test_ctrl_c_under_torchrun_stops_all_ranks_and_keeps_what_there_is(data, tmp_path):
@@ -234,24 +243,33 @@ def test_a_quick_score_is_that_of_the_artifact_alone_and_no_record(data, tmp_pat
 
 def test_the_race_of_attention_kernels_times_each_and_leaves_out_what_refuses():
     q = torch.randn(2, 2, 512, 32)
-    flash, math_ = torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_math_sdp
-
-    def only(fast: bool) -> None:
-        flash(fast)
-        math_(not fast)
-
-    def refuse() -> None:
-        raise RuntimeError("no such kernel")
-
-    try:
-        found = train_gpt.race(
-            {"flash": lambda: only(True), "refused": refuse, "math": lambda: only(False)},
-            lambda: causal_attention(q, q, q),
-        )
-    finally:
-        flash(True)
-        math_(True)
+    kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+    kernels = {name: (backend, None) for name, backend in kernels.items()} | {"none": (SDPBackend.MATH, "FA9")}
+    found = train_gpt.race(kernels, lambda: causal_attention(q, q, q))
     assert list(found) == ["flash", "math"] and 0 < found["flash"] < found["math"]
+
+
+@pytest.mark.parametrize(
+    ("raced", "chosen", "first"),
+    [
+        (dict(flash=[2.0, 2.0], cudnn=[1.5, 1.5]), "cudnn", SDPBackend.CUDNN_ATTENTION),
+        (dict(flash=[2.0, 2.0], cudnn=[1.5, math.inf]), "flash", SDPBackend.FLASH_ATTENTION),
+        (dict(flash=[math.inf, 1.0], cudnn=[1.0, math.inf]), "PyTorch's choice", None),
+    ],
+)
+def test_all_ranks_prefer_one_attention_kernel_and_keep_the_others(raced, chosen, first, monkeypatch):
+    kernels = {"flash": (SDPBackend.FLASH_ATTENTION, None), "cudnn": (SDPBackend.CUDNN_ATTENTION, None)}
+    monkeypatch.setattr(train_gpt, "attention_kernels", lambda device: kernels)
+    monkeypatch.setattr(train_gpt, "race", lambda *_: {n: ms[0] for n, ms in raced.items() if ms[0] < math.inf})
+    machine = train_gpt.Machine(torch.device("cpu"), dtype=torch.bfloat16)
+    monkeypatch.setattr(machine, "sum", lambda own: own + torch.tensor([ms[1] for ms in raced.values()]))
+    before = torch._C._get_sdp_priority_order()
+    said = train_gpt.choose_attention(ModelConfig(num_heads=2, num_kv_heads=1, model_dim=16), machine, 1)
+    order = torch._C._get_sdp_priority_order()
+    assert said.startswith(chosen) and order == (before if first is None else [int(first), *order[1:]])
+    assert torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    train_gpt.PREFERRED.close()
+    assert torch._C._get_sdp_priority_order() == before and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_partial_score_is_marked(data, tmp_path):

@@ -34,9 +34,6 @@ from statistics import fmean, median
 import torch
 
 from architectures import load_architecture
-from data.prepare import benchmark, parse_options, prepare
-from data.sources import Source
-from data.tokenizers import train_tokenizer
 from tools.costs import measure_archs, measure_artifacts, measure_lengths
 from tools.gpu_check import kernels as compare_kernels
 from tools.hopper import discover, measure_kernels
@@ -126,6 +123,8 @@ def measure_cap(env: dict[str, str], caps: list[float], found: dict, save: Calla
 
 def startup_cases(folder: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
     """By name, arguments for Python and changes to the environment: two imports, then everything that must fail."""
+    from data.prepare import parse_options, prepare  # what it needs, a machine that only times steps may not have
+
     (text := folder / "text").write_text("all work and no play\n" * 1000)
     (other := folder / "other").write_text("makes dull text\n" * 1000)
     options = ["--tokenizer", "byte260", "--out", str(folder), "--name", "tiny", "--processes", "1"]
@@ -170,6 +169,10 @@ def measure_startup(env: dict[str, str], rounds: int) -> dict:
 
 def measure_prepare(documents: Path | None, rounds: int) -> dict:
     """Documents per second of data.prepare against a plain loop, with a tokenizer trained on the same documents."""
+    from data.prepare import benchmark
+    from data.sources import Source
+    from data.tokenizers import train_tokenizer
+
     source = Source("jsonl", (str(documents),)) if documents else Source("pydocs")
     texts = list(source.documents())
     with tempfile.TemporaryDirectory() as folder:

@@ -23,17 +23,16 @@ from tools.plain_step import (
 )
 from train_gpt import (
     BYTE_CAP,
-    KEPT_COMPILED,
     MEMORY_SHARE,
     RunConfig,
     ScorePlan,
     fill_generated,
     from_env,
-    kept_bytes,
     micro_batch_count,
     pack_artifact,
     read_header,
     split_rows,
+    token_bytes,
 )
 
 GPU_BYTES = 80e9
@@ -73,10 +72,10 @@ def measure_artifacts(env: dict[str, str], archs: list[str] | None = None) -> di
         row = dict(what=arch, params=config.num_params(), stored_bytes=stored_bytes(arch, env, config.vocab_size))
         model = Model(config).train()
         model.compute_dtype = torch.bfloat16
-        token_bytes, T = KEPT_COMPILED * kept_bytes(model), config.train_seq_len
-        parts = split_rows(RunConfig.train_batch_tokens // T, T, MEMORY_SHARE * GPU_BYTES / token_bytes)
-        row |= dict(artifact_bytes=packed, clip=clip, kept_kb=token_bytes / 1000, micro_batches=parts)
-        rows.append(row | dict(kept_gb=RunConfig.train_batch_tokens / parts * token_bytes / 1e9))
+        kept, T = token_bytes(model, compiled=True), config.train_seq_len
+        parts = split_rows(RunConfig.train_batch_tokens // T, T, MEMORY_SHARE * GPU_BYTES / kept)
+        row |= dict(artifact_bytes=packed, clip=clip, kept_kb=kept / 1000, micro_batches=parts)
+        rows.append(row | dict(kept_gb=RunConfig.train_batch_tokens / parts * kept / 1e9))
     notes = [
         "stored_bytes: int8 weights, fp32 controls, before coding; artifact_bytes: coded, with the packed script",
         "every weight is noise, in which a coder finds hardly more or less than in what was trained",

@@ -14,14 +14,10 @@ if ! "$python" -c "import torch" 2>/dev/null; then
 fi
 source=(); [ -z "${WHEELS:-}" ] || source=(--no-index --find-links "$WHEELS")
 install() { "$python" -m pip install --quiet --disable-pip-version-check "${source[@]}" "$@"; }
-missing=()
-for package in numpy zstandard sentencepiece tqdm; do
-    "$python" -c "import $package" 2>/dev/null || missing+=("$package")
+for package in numpy zstandard sentencepiece; do
+    "$python" -c "import $package" 2>/dev/null || install "$package" ||
+        echo "$package cannot be installed, and parts that need it fail; put its wheel into a folder named in WHEELS" >&2
 done
-if [ ${#missing[@]} -gt 0 ] && ! install "${missing[@]}"; then
-    echo "error: ${missing[*]} cannot be installed; put their wheels into a folder and name it in WHEELS" >&2
-    exit 1
-fi
 # Its scan stands beside ours; without it that row is left out.
 if "$python" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && ! "$python" -c "import fla" 2>/dev/null; then
     install fla-core einops || echo "fla-core cannot be installed: its scan is left out" >&2

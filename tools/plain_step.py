@@ -234,17 +234,19 @@ def serve(pipe: Connection, arch: str, run: RunConfig, config: ModelConfig, choi
         torch._dynamo.config.recompile_limit = COMPILED_GRAPHS  # a looped Muon's function has every shape
     machine.compile = choices.compile
     model, batches = build(Model, config, run, machine), random_batches(run, config, machine.device)
-    if choices.plain:
-        stepper = Stepper(PlainStep(model, run, choices.micro_batches, choices.compile), model, batches)
-    else:
-        stepper = kit_stepper(model, run, machine, choices.micro_batches, batches)
-    torch.manual_seed(run.seed)
     pipe.send("ready")
+    stepper = None
     while True:
         try:
             method, steps = pipe.recv()
         except EOFError:
             return
+        if stepper is None:  # not before it is asked: now no other process is at work, and kernels can be raced
+            if choices.plain:
+                stepper = Stepper(PlainStep(model, run, choices.micro_batches, choices.compile), model, batches)
+            else:
+                stepper = kit_stepper(model, run, machine, choices.micro_batches, batches)
+            torch.manual_seed(run.seed)
         if machine.device.type == "cuda" and method == "lap":
             stepper.take(1)  # not counted: its memory was given back
         pipe.send(getattr(stepper, method)(steps))
@@ -313,11 +315,13 @@ def variants(run: RunConfig, chosen: Machine, counts: dict[tuple[bool, bool], in
         found["kit, memory handed back"] = replace(kit, prepare=as_it_is)
         if kit.compile and kit.bf16:
             found["kit, PyTorch's attention"] = replace(kit, prepare=with_pytorch_s_attention)
-    if chosen.device.type == "cuda" and kit.compile:
-        found["kit, CUDA graphs"] = replace(kit, cuda_graphs=True)
     for count in (2 * kit.micro_batches, 4 * kit.micro_batches):
         if rows % count == 0:
             found[f"kit in {count} micro-batches"] = replace(kit, micro_batches=count)
+    half = f"kit in {2 * kit.micro_batches} micro-batches"
+    if chosen.device.type == "cuda" and kit.compile and half in found:
+        # Not of larger ones: graphs do not give their memory back, and the others have the same device.
+        found[f"{half}, CUDA graphs"] = replace(found[half], cuda_graphs=True)
     return found
 
 
@@ -364,7 +368,12 @@ def measure_step(arch: str, run: RunConfig, config: ModelConfig, rounds: int) ->
         losses = {name: both for name, (_, both) in began.items()}
         right = answers(began, lambda name: check_losses(losses[name], losses["plain"], found[name].bf16))
         steps = max(1, round(LAP_SECONDS / steppers["plain"].lap(2)))
-        seconds = interleave({name: lambda s=steppers[name]: s.lap(steps) for name in right}, rounds)
+
+        def lap(name: str) -> float:
+            return answers([name], lambda name: steppers[name].lap(steps)).get(name, math.inf)
+
+        seconds = interleave({name: lambda name=name: lap(name) for name in right}, rounds)
+        seconds = {name: laps for name, laps in seconds.items() if name not in errors}
     rows = []
     for row in compare(seconds, "plain"):
         name, speed = row["what"], 1000 * run.train_batch_tokens / row["median_ms"]

@@ -11,7 +11,7 @@ COSTS = {  # by kernel: what it loads, what it stores, its products of two tiles
     "delta_states": ("k v g beta inverse", "e states", 3),
     "delta_outputs": ("q k e g beta states", "y", 3),
     "delta_slopes": ("q k e g beta inverse dy", "dv dbeta slopes", 8),
-    "delta_gradients": ("q k e g beta dy dv states states slopes", "dq dk dg", 9),
+    "delta_gradients": ("q q k e g beta dy dv states states slopes", "dq dk dg", 11),
 }
 CASES = ((32, 2048, 8, 8, 64, 64), (16, 4096, 2, 8, 48, 32))  # (B, T, G, H, N, P), each of 65,536 tokens
 

@@ -170,20 +170,25 @@ def delta_gradients(
     dv_tile = load_rows(dv + value, t, columns, T, H * P, P)
     e_tile = load_rows(e + value, t, columns, T, H * P, P)
     u_tile = (e_tile * load_scales(beta + step, t, T, H)[:, None]).to(k_tile.dtype)
+    after = tl.load(state_at(slopes, row, chunk, chunks))
+    later = tl.load(state_at(states, row, tl.minimum(chunk + 1, chunks - 1), chunks))  # of the last, after is 0
+    later_sum = tl.sum(tl.sum(after.to(tl.float32) * later, 1), 0)
+    # Products anew, not transposes of those below, which are in registers: Triton from 3.4 to 3.7 may get those wrong.
+    decay = decay_after(a, True)
+    read = tl.dot(u_tile, tl.trans(after)) * tl.exp2(total - a)[:, None]
+    by_q = (tl.dot(u_tile, tl.trans(dy_tile)) * decay).to(k_tile.dtype)
+    read = tl.dot(by_q, load_rows(q + key, t, columns, T, G * N, N), read)
+    by_k = strictly(tl.dot(u_tile, tl.trans(dv_tile)) * decay, True).to(k_tile.dtype)
+    read -= tl.dot(by_k, k_tile)
+    flow = -tl.sum(read * k_tile, 1)
     before = tl.trans(tl.load(state_at(states, row, chunk, chunks)))
     decay, since = decay_after(a, False), tl.exp2(a)[:, None]
     by_k = strictly(tl.dot(dv_tile, tl.trans(u_tile)) * decay, False).to(k_tile.dtype)
     recalling = tl.dot(by_k, k_tile, tl.dot(dv_tile, before) * since)
+    store_rows(dk + out, read - recalling, t, columns, T, H * N, N)
+    flow -= tl.sum(recalling * k_tile, 1)
     by_q = (tl.dot(dy_tile, tl.trans(u_tile)) * decay).to(k_tile.dtype)
     dq_tile = tl.dot(by_q, k_tile, tl.dot(dy_tile, before) * since)
     store_rows(dq + out, dq_tile, t, columns, T, H * N, N)
-    q_tile = load_rows(q + key, t, columns, T, G * N, N)
-    flow = tl.sum(dq_tile * q_tile, 1) - tl.sum(recalling * k_tile, 1)
-    after = tl.load(state_at(slopes, row, chunk, chunks))
-    read = tl.dot(u_tile, tl.trans(after)) * tl.exp2(total - a)[:, None]
-    read = tl.dot(tl.trans(by_q), q_tile, read) - tl.dot(tl.trans(by_k), k_tile)
-    store_rows(dk + out, read - recalling, t, columns, T, H * N, N)
-    flow -= tl.sum(read * k_tile, 1)
-    later = tl.load(state_at(states, row, tl.minimum(chunk + 1, chunks - 1), chunks))  # of the last, after is 0
-    later_sum = tl.sum(tl.sum(after.to(tl.float32) * later, 1), 0)
+    flow += tl.sum(dq_tile * load_rows(q + key, t, columns, T, G * N, N), 1)  # held until here, it would spill
     tl.store(dg + step + t * H, tl.cumsum(flow, 0, reverse=True) + later_sum, mask=t < T)
