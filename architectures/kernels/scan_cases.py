@@ -13,10 +13,11 @@ COSTS = {  # by kernel: what it loads, what it stores, its products of two tiles
     "segment_states": ("k v g delta", "", 1),
     "segment_states_backward": ("q dy g", "", 1),
 }
-CASES = (  # (B, T, G, H, N, P), each of 65,536 tokens
+CASES = (  # (B, T, G, H, N, P), each of 65,536 tokens; with one group, q, k and v are parts of one tensor
     (32, 2048, 8, 8, 64, 64),  # one segment
     (16, 4096, 8, 8, 64, 64),  # two
     (1, 65_536, 1, 8, 128, 64),  # packed documents, sums over tiles of N and over the heads of the only group
+    (32, 2048, 1, 8, 128, 128),  # and over tiles of P
 )  # fmt: skip
 
 
@@ -68,9 +69,11 @@ def hopper_cases() -> list[dict]:
             if name == "sums":
                 continue
             kernel = getattr(scan_triton, name)
-            constants = dict(G=G, H=H, N=N, P=P, KEYS=G * N, VALUES=H * P)
+            apart = dict.fromkeys(("KEYS", "VALUES"), 2 * N + H * P) if G == 1 else dict(KEYS=G * N, VALUES=H * P)
+            constants = dict(G=G, H=H, N=N, P=P) | apart
             constants |= dict(SEGMENTED=segment_steps(B, T, H, N, P) < T, BACKWARD=launch != name)
-            case = dict(name=f"{launch} G={G} H={H} N={N} P={P} T={T}", kernel=kernel, **scan_triton.SCAN_LAUNCH)
+            options = scan_triton.DKV_LAUNCH if name == "scan_dkv" else scan_triton.SCAN_LAUNCH
+            case = dict(name=f"{launch} G={G} H={H} N={N} P={P} T={T}", kernel=kernel, **options)
             case["signature"] = {x: types[x] for x in kernel.arg_names if x in types}
             case["constexprs"] = {x: constants[x] for x in kernel.arg_names if x in constants}
             cases.append(case | dict(bytes=size, flops=operations, matmul=name != "join_segments"))

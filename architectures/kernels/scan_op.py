@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from architectures.kernels.scan_triton import (
+    DKV_LAUNCH,
     SCAN_LAUNCH,
     SCAN_TILE,
     join_segments,
@@ -41,10 +42,21 @@ def pitch(x: Tensor) -> int:
 
 
 def by_steps(x: Tensor) -> Tensor:
-    """x (B, T, heads, width), copied unless a step's numbers lie side by side and steps at equal distances."""
-    strides = x.size(1) * x.stride(1), x.stride(1), x.size(3), 1
-    apart = x.stride(1) >= x.size(2) * x.size(3)
-    return x if x.stride() == strides and apart else x.contiguous()
+    """x (B, T, heads, width), copied unless a step's numbers lie side by side and steps at equal distances.
+
+    These have to be multiples of 16 bytes, in which kernels load, and to stay within 32 bits over time.
+    """
+    apart = x.stride(1)
+    strides = x.size(1) * apart, apart, x.size(3), 1
+    fits = all(found == wanted or size == 1 for found, wanted, size in zip(x.stride(), strides, x.shape, strict=True))
+    fits = fits and x.size(2) * x.size(3) <= apart and x.size(1) * apart < 2**31
+    return x if fits and (apart | x.storage_offset()) * x.itemsize % 16 == 0 else x.contiguous()
+
+
+def laid_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as kernels take them, q and k at one pitch."""
+    q, k, v = (by_steps(x) for x in (q, k, v))
+    return (q, k, v) if pitch(q) == pitch(k) else (q.contiguous(), k.contiguous(), v)
 
 
 class ScanLauncher:
@@ -52,15 +64,15 @@ class ScanLauncher:
 
     def __init__(self, keys: Tensor, values: Tensor, length: int):
         (self.B, self.T, self.G, self.N), (self.H, self.P), self.length = keys.shape, values.shape[2:], length
-        self.key_pitch, self.value_pitch = pitch(keys), pitch(values)
+        self.key_pitch, self.value_pitch = pitch(keys), pitch(values)  # k as q
         self.tiles_n, self.tiles_p = ceil_div(self.N, ROWS), ceil_div(self.P, ROWS)
         self.tiles, self.segments = self.tiles_n * self.tiles_p, ceil_div(self.T, length)
 
-    def __call__(self, kernel, *tensors: Tensor, values: Tensor | None = None, fewer: int = 0, **constants: bool):
+    def __call__(self, kernel, *tensors: Tensor, values: Tensor | None = None, fewer: int = 0, **options: int) -> None:
         grid = (self.B * self.H, self.segments - fewer, self.tiles)
         pitches = dict(KEYS=self.key_pitch, VALUES=self.value_pitch if values is None else pitch(values))
         shape = dict(G=self.G, H=self.H, N=self.N, P=self.P, **pitches)
-        kernel[grid](*tensors, self.T, self.length, **shape, **constants, **SCAN_LAUNCH)
+        kernel[grid](*tensors, self.T, self.length, **shape, **(SCAN_LAUNCH | options))
 
     def state_shape(self) -> tuple[int, int, int, int]:
         """Of the states between segments, which there are for each head of the batch and each tile."""
@@ -82,7 +94,8 @@ class ScanLauncher:
 def fused_scan(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, delta: Tensor, skip: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
-    """(y, states between segments); q, k, v as by_steps leaves them; g, delta and skip contiguous and in fp32."""
+    """(y, states between segments); g, delta and skip contiguous and in fp32."""
+    q, k, v = laid_out(q, k, v)
     launch = ScanLauncher(q, v, length)
     starts = launch.states(k, v, g, delta, backward=False)
     y = v.new_empty(launch.tiles_n, *v.shape)
@@ -101,7 +114,8 @@ def fused_scan_shapes(
 def fused_scan_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, delta: Tensor, skip: Tensor, starts: Tensor, length: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dg, d_delta, d_skip) in the shapes of q, k, v, g, delta and skip; dy is contiguous."""
+    """(dq, dk, dv, dg, d_delta, d_skip) in the shapes of q, k, v, g, delta and skip."""
+    (q, k, v), dy = laid_out(q, k, v), dy.contiguous()
     launch = ScanLauncher(q, v, length)
     (B, T, G, N), H, segmented = q.shape, launch.H, launch.segments > 1
     dq, dk = (q.new_empty(launch.tiles_p, B, T, H, N) for _ in "qk")
@@ -110,8 +124,8 @@ def fused_scan_backward(
     q_dq, dy_v = g.new_empty(launch.tiles, B, H, T), g.new_empty(launch.tiles, B, H, launch.segments)
     ends = launch.states(q, dy, g, delta, backward=True)
     launch(scan_dq, q, k, v, g, delta, dy, dq, q_dq, dy_v, starts, SEGMENTED=segmented)
-    outputs = dk, dv, dg, d_delta
-    launch(scan_dkv, q, k, v, g, delta, skip, dy, q_dq, *outputs, starts, ends, SEGMENTED=segmented)
+    tensors = q, k, v, g, delta, skip, dy, q_dq, dk, dv, dg, d_delta, starts, ends
+    launch(scan_dkv, *tensors, SEGMENTED=segmented, **DKV_LAUNCH)
 
     def of_groups(parts: Tensor) -> Tensor:
         """(tiles of P, B, T, H, N) summed to (B, T, G, N)."""
@@ -135,7 +149,7 @@ def keep_scan_inputs(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def scan_gradients(ctx, dy: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
-    return *fused_scan_backward(dy.contiguous(), *ctx.saved_tensors, ctx.length), None
+    return *fused_scan_backward(dy, *ctx.saved_tensors, ctx.length), None
 
 
 fused_scan.register_autograd(scan_gradients, setup_context=keep_scan_inputs)
@@ -167,12 +181,8 @@ def triton_scan(
         raise ValueError(f"delta, skip of shapes {tuple(delta.shape)}, {tuple(skip.shape)} must be {B, T, H}, {(H,)}")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; make all bfloat16 or all float32")
-    q, k, v = (by_steps(x) for x in (q, k, v))
-    if pitch(q) != pitch(k):
-        q, k = q.contiguous(), k.contiguous()
-    widest = max(H * N, H * P, pitch(q), pitch(v))  # numbers from one step to the next
-    if T * widest >= 2**31:
-        raise ValueError(f"T={T} steps of {widest} numbers are over 32 bits; cut the sequence")
+    if T * H * max(N, P) >= 2**31:
+        raise ValueError(f"T * H * max(N, P) = {T * H * max(N, P)} steps over 32 bits; cut the sequence")
     length = segment_length or segment_steps(B, T, H, N, P)
     if length % ROWS:
         raise ValueError(f"segment_length={length} must be a multiple of {ROWS}")

@@ -33,6 +33,7 @@ SCAN_TILE = tl.constexpr(64)
 LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_LOG_DECAY = tl.constexpr(-32.0)  # e^-32 of a state is nothing even in fp32, and sums of a few keep 5 decimals
 SCAN_LAUNCH = {"num_warps": 4, "num_stages": 3}  # two chunks are on their way while one is computed
+DKV_LAUNCH = SCAN_LAUNCH | {"num_stages": 2}  # one: the addresses of another would not fit into registers
 
 
 @triton.jit
