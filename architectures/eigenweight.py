@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from architectures.generated import GeneratedConfig, full_precision
-from architectures.layers import CausalSelfAttention, Linear, control
+from architectures.generated import GeneratedConfig
+from architectures.layers import CausalSelfAttention, Linear, control, full_precision
 from architectures.recurrence import RecurrenceConfig, RecurrentStack
 
 

@@ -3,9 +3,7 @@
 All are made once per optimizer step, in full fp32, so that they are the same to rounding on every device.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from architectures.layers import CausalSelfAttention, LanguageModel, ModelConfig, control
+from architectures.layers import CausalSelfAttention, LanguageModel, ModelConfig, control, full_precision
 from architectures.time_index import layer_of
 
 WRITERS = ("mixer.out", "mlp.down")  # begin at zero, so that every block begins by passing on what it gets
@@ -55,17 +53,6 @@ class GeneratedConfig(ModelConfig):
 def usual_std(columns: int) -> float:
     """The standard deviation with which nn.Linear starts a matrix of so many columns."""
     return (3 * columns) ** -0.5
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 inside: a model rebuilt on another device must have the same weights."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class GeneratedStack(LanguageModel):

@@ -4,7 +4,8 @@ Letters in shape comments, for the whole kit:
     B batch   T time   D model_dim   H num_heads   K key dim and V value dim per head (V also vocab_size)   N state dim
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -80,6 +81,17 @@ def control(param: nn.Parameter) -> nn.Parameter:
 def is_control(param: Tensor) -> bool:
     """True for what `control` has marked and for vectors: gains, biases, decays."""
     return getattr(param, "is_control", False) or param.ndim < 2
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 inside, where weights are made: a model rebuilt on another device must have the same."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:

@@ -1,10 +1,12 @@
 """Multi-head latent attention, MLA (DeepSeek-V2, DeepSeek-AI 2024, https://arxiv.org/abs/2405.04434).
 
 Keys and values of all heads are made from one latent c of MLA_LATENT numbers, n the RMS norm, R_t RoPE:
-    c_t = n(W_d x_t),   v_t = W_v c_t,   k_t = [n(W_k c_t) ; R_t n(W_r x_t)],   q_t = [q' ; R_t q''] for n(W_q x_t)
-Position lives in the last MLA_ROPE_DIMS of a head alone: c and what is made of it know no position, and the one
-rotated key W_r x is shared by all heads. MLA_ROPE=post has no such part and rotates W_k c instead, which is right too
-as long as no cache of latents is kept. Here the latent saves stored weights; the paper saves cache.
+    c_t = n(W_d x_t),   v_t = W_v c_t,   k_t = R_t n(W_k c_t),   q_t = R_t n(W_q x_t)
+Keys are rotated after they are made, which is right as long as no cache of latents is kept. MLA_ROPE=decoupled, the
+paper's, which MLA_ROPE_DIMS implies, keeps position out of c and of what is made of it:
+    k_t = [n(W_k c_t) ; R_t n(W_r x_t)],   q_t = [q' ; R_t q''] for n(W_q x_t)
+with position in the last MLA_ROPE_DIMS of a head alone and one rotated key W_r x for all heads. Here the latent saves
+stored weights; the paper saves cache.
 Differs from the paper: queries are not compressed; QK-norm with a gain per head in place of a fixed scale; the rotated
 part is cut out of the head's width instead of added to it; NUM_KV_HEADS keys and values may serve more query heads.
 """
@@ -24,11 +26,13 @@ class Config(ModelConfig):
     env_prefix: ClassVar[str] = "MLA_"
 
     mla_latent: int = 128  # numbers from which all keys and values are made
-    mla_rope: str = field(default="decoupled", metadata={"other": "post"})
+    mla_rope: str | None = field(default=None, metadata={"other": "decoupled"})  # post, unless MLA_ROPE_DIMS is set
     mla_rope_dims: int | None = field(default=None, metadata={"other": 2})  # of a head; a quarter, at least 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mla_rope is None:
+            self.mla_rope = "post" if self.mla_rope_dims is None else "decoupled"
         one_of(self, "mla_rope", ("decoupled", "post"))
         if self.mla_latent < 1:
             raise ValueError(f"MLA_LATENT={self.mla_latent} must be at least 1")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures.generated import GeneratedConfig, GeneratedStack, Scale, hashed_signs
-from architectures.layers import Block, CausalSelfAttention, Linear, control, rms_norm
+from architectures.layers import Block, CausalSelfAttention, Linear, ModelConfig, control, rms_norm
 from architectures.time_index import one_of
 
 TILE, CHANNELS, HIDDEN, NUM_WAVES = 16, 32, 128, 3  # of the automaton over weights
@@ -33,7 +33,7 @@ NOISE_SEED = 3
 class Config(GeneratedConfig):
     env_prefix: ClassVar[str] = "NCA_"
 
-    num_layers: int = 1
+    num_layers: int | None = None  # 1 rule of the automaton over tokens, or gpt's number of layers that weights are for
     nca_mode: str = field(default="state", metadata={"other": "weights"})
     nca_steps: int = 12
     nca_neighbours: int = 3  # that a token sees, itself included
@@ -41,8 +41,10 @@ class Config(GeneratedConfig):
     nca_fire: float = field(default=1.0, metadata={"other": 0.5})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         one_of(self, "nca_mode", ("state", "weights"))
+        if self.num_layers is None:
+            self.num_layers = 1 if self.nca_mode == "state" else ModelConfig.num_layers
+        super().__post_init__()
         if self.nca_steps < 1:
             raise ValueError(f"NCA_STEPS={self.nca_steps} must be at least 1")
         if self.nca_mode == "state" and self.nca_steps < self.num_layers:

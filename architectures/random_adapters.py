@@ -3,8 +3,8 @@
 Every matrix that RAND_TARGETS names is, in each layer,
     W = diag(g) R + B A,   R (m, n) from RAND_SEED,   g (m),   B (m, r),   A (r, n),   r = RAND_RANK
 R costs no bytes: integer arithmetic gives it on every machine. Its numbers are uniform (RAND_BASE=uniform), signs
-(sign), or signs of which any n rows that follow one another are orthogonal where n is a power of two (hadamard), at the
-scale at which nn.Linear begins. Where W writes to the residual stream g and B are 0 at first, elsewhere g is 1 and B A
+(sign), or signs of which each block of n rows is orthogonal where n is a power of two (hadamard), at the scale at which
+nn.Linear begins. Where W writes to the residual stream g and B are 0 at first, elsewhere g is 1 and B A
 random. Stored are g, A and B, r (m + n) + m numbers a matrix; W is put together once per optimizer step.
 RAND_UNFREEZE=f lets the terms of the last layer train from the start, those of the one before it from f / (L - 1) of
 the run on, of the first from f on.
@@ -101,7 +101,8 @@ class Adapter(nn.Module):
         self.register_buffer("base", torch.stack(maps), persistent=False)  # (L, m, n)
         self.gain = control(nn.Parameter(torch.full((L, m), float(name not in WRITERS)))) if config.rand_diag else None
         self.A = nn.Parameter(torch.empty(L, r, n).uniform_(-(n**-0.5), n**-0.5)) if r else None
-        self.B = nn.Parameter(torch.zeros(L, m, r)) if r else None
+        # B^T: Muon would take steps sqrt(m / r) times as long in a matrix that stands.
+        self.B = nn.Parameter(torch.zeros(L, r, m)) if r else None
         if r and name not in WRITERS:
             nn.init.uniform_(self.B, -(r**-0.5), r**-0.5)
 
@@ -112,7 +113,7 @@ class Adapter(nn.Module):
             return torch.cat((p[:frozen].detach(), p[frozen:])) if frozen else p
 
         made = self.base if self.gain is None else held(self.gain)[..., None] * self.base
-        return made if self.A is None else made + held(self.B) @ held(self.A)
+        return made if self.A is None else made + held(self.B).mT @ held(self.A)
 
 
 class Model(GeneratedStack):

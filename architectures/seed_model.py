@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from architectures.generated import full_precision, hadamard_matrix, hashed_signs, hashed_uniform, usual_std
-from architectures.layers import CausalSelfAttention, LanguageModel, ModelConfig, is_control
+from architectures.generated import hadamard_matrix, hashed_signs, hashed_uniform, usual_std
+from architectures.layers import CausalSelfAttention, LanguageModel, ModelConfig, full_precision, is_control
 
 LARGEST_HADAMARD = 7  # log2 of the size up to which a transform is one matrix product
 CONTROL_STEP = 0.1  # s of scales, mixes and gains

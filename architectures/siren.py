@@ -1,14 +1,15 @@
 """SIREN: a network of sines makes all weights from their coordinates (Sitzmann et al. 2020, https://arxiv.org/abs/2006.09661).
 
     W[i, j] = u(i, rows of W)^T v(j, columns of W),   u, v in R^SIREN_RANK the outputs of one network, per layer l:
-    h_1 = sin(omega (W_1 c + b_1)),   h_k = sin(W_k h_k-1 + b_k),   (u; v) = W_o h_SIREN_LAYERS
+    h_1 = sin(W_1 c + b_1),   h_k = sin(W_k h_k-1 + b_k),   (u; v) = W_o h_SIREN_LAYERS
 The coordinates c are waves over the grid of layers, sides of matrices and indices, up to the fastest that its points
 can hold. Nothing that makes weights grows with the width; SIREN_CODE > 0 adds so many learned numbers per index, shared
 by layers and matrices, and SIREN_BASE=seed adds matrices that follow from a seed, uncounted.
 Each matrix is brought to the usual scale times a learned gain, 0 at first for those that write to the stream.
 Differs from the paper's images: one evaluation per row and column, not per weight; waves for coordinates, because
 neighbouring neurons are not alike; orthogonal weights, or deep sines would make all rows alike; no factor omega in the
-forward pass but larger weights at first, so that a step of the optimizer is as large in every layer.
+forward pass but a W_1 that SIREN_OMEGA makes larger at first, so that a step of the optimizer is as large in every
+layer.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Time-indexed neural ODE: one shared block, its output gated by time (hybrid of https://github.com/zaphrode/qkvflow).
 
-    x <- x + dt m(t) * f(x),   f(x) = Attention(n(x)) + MLP(n(x)),   m(t) = 2 sigmoid(H e(t)),   t = (i + 1) / L
-One f serves all layers; m, per channel, is 1 at first; e(t) is a small network's embedding of t. TI_WHERE=all gates
-what attention and MLP read too. With ODE_DT=1, ODE_RES=seq and TI_FEAT=none it is the looped block of `shared`, less
-its skips.
+    x <- x + dt m(t) * f(x),   f(x) = Attention(n(x)) + MLP(n(x)),   m(t) = 2 sigmoid(H e(t) - H' e'(t))
+One f serves all layers; e(t) is a small network's embedding of t = (i + 1) / L, e'(t) its twin, equal at first, so that
+m, per channel, begins at 1. TI_WHERE=all gates what attention and MLP read too. With ODE_DT=1, ODE_RES=seq and
+TI_FEAT=none it is the looped block of `shared`, less its skips and without the embedding mixed back in.
 Differs from the study, which proposed it and had no code: causal attention, RoPE, RMS norm and gains as in gpt; solvers
 other than Euler's, a learned step and another depth in scoring; m is stored per layer, not as a network.
 """

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from architectures.layers import ModelConfig
+from architectures.layers import ModelConfig, full_precision
 from architectures.time_index import SharedStack, TimeConfig, TimeIndexed, TimeNet, layer_of, one_of
 
 # Each is 1 at 0, so that a gate of zeros changes nothing; all but sigmoid, the published one, which halves.
@@ -155,6 +155,11 @@ class GatedStack(TimeIndexed, SharedStack):
     def materialize(self) -> dict[str, Tensor]:
         if self.time is None:
             return {}
+        with full_precision():
+            return self.generate()
+
+    def generate(self) -> dict[str, Tensor]:
+        """Every gated tensor of every layer, by its name in the stack."""
         gates = {name: gate.unbind() for name, gate in self.gates().items()}
         made = {}
         for layer_idx in range(len(self.times())):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from architectures.layers import ModelConfig
+from architectures.layers import ModelConfig, full_precision
 from architectures.ode import OdeConfig, OdeStack
 from architectures.time_index import TimeNet, layer_of, time_features
 
@@ -67,16 +67,19 @@ class Model(OdeStack):
                 self.bases[key] = nn.Parameter(torch.cat((weight[None], more)))  # (E + 1, rows, columns)
             else:
                 self.bases[key] = nn.Parameter(weight[None])
-                self.bases[f"{key}_u"] = nn.Parameter(scale * columns**0.5 * torch.randn(E, rows, R) / R**0.5)
-                self.bases[f"{key}_v"] = nn.Parameter(torch.randn(E, columns, R) / columns**0.5)
+                # Both lie on their side: Muon would take steps sqrt(rows / R) times as long in ones that stand.
+                self.bases[f"{key}_u"] = nn.Parameter(scale * columns**0.5 * torch.randn(E, R, rows) / R**0.5)
+                self.bases[f"{key}_v"] = nn.Parameter(torch.randn(E, R, columns) / columns**0.5)
         generated = [f"{name}.weight" for name in MATRICES]
         return nn.ModuleList(layer_of(slope, generated) for _ in range(self.num_copies))
 
     def materialize(self) -> dict[str, Tensor]:
-        weights, made = self.coefficients(), {}
-        for name in MATRICES:
-            for i, weight in enumerate((weights @ self.stack(name).flatten(1)).unbind()):
-                made[f"blocks.{i}.{name}.weight"] = weight.view(self.blocks[0].get_submodule(name).weight.shape)
+        made = {}
+        with full_precision():
+            weights = self.coefficients()
+            for name in MATRICES:
+                for i, weight in enumerate((weights @ self.stack(name).flatten(1)).unbind()):
+                    made[f"blocks.{i}.{name}.weight"] = weight.view(self.blocks[0].get_submodule(name).weight.shape)
         return made
 
     def coefficients(self) -> Tensor:
@@ -91,7 +94,7 @@ class Model(OdeStack):
         key = name.replace(".", "_")
         if f"{key}_u" not in self.bases:
             return self.bases[key]
-        return torch.cat((self.bases[key], self.bases[f"{key}_u"] @ self.bases[f"{key}_v"].mT))
+        return torch.cat((self.bases[key], self.bases[f"{key}_u"].mT @ self.bases[f"{key}_v"]))
 
     @property
     def outnumbered(self) -> bool:

@@ -30,7 +30,7 @@ class Config(ModelConfig):
     num_layers: int = 12  # the most steps of a token; costs time, and parameters only for embeddings and scales
     ut_blocks: int = field(default=3, metadata={"other": 1})  # different blocks
     ut_act: bool = True
-    ut_min_steps: int = field(default=3, metadata={"other": 1})  # of every token, but at most NUM_LAYERS
+    ut_min_steps: int = field(default=3, metadata={"other": 1})  # of every token, but below NUM_LAYERS: one may be left
     ut_ponder: float = 0.01  # nats for taking every step rather than none
     ut_halt_eps: float = field(default=0.01, metadata={"other": 0.7})
     ut_step_embed: bool = True
@@ -52,7 +52,7 @@ class Config(ModelConfig):
 
     @property
     def min_steps(self) -> int:
-        return min(self.ut_min_steps, self.num_layers)
+        return min(self.ut_min_steps, max(1, self.num_layers - 1))
 
     def num_params(self) -> int:
         tables = (self.ut_step_embed + self.ut_step_scales) * self.num_layers * self.model_dim

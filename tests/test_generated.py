@@ -115,10 +115,10 @@ def test_weights_are_generated_once_per_optimizer_step(name):
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-3)
 
 
-@every_generator
+@pytest.mark.parametrize("name", [*NETWORKS, "seed_model", "ti_mlp", "tong_ode"])
 def test_weights_are_generated_in_full_precision(name):
     model, seen = tiny(name), []
-    generator = model.subspace if name == "seed_model" else model.generator
+    generator = getattr(model, {"seed_model": "subspace", "ti_mlp": "time", "tong_ode": "time"}.get(name, "generator"))
     generator.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
     before = torch.get_float32_matmul_precision()
     try:

@@ -73,7 +73,7 @@ def test_keys_and_values_together_have_the_rank_of_the_latent(rope, monkeypatch)
 
 
 def test_what_the_latent_does_not_see_reaches_no_value_and_no_unturned_key(monkeypatch):
-    mixer, x = attention(mla_latent=6), torch.randn(1, 16, 32)
+    mixer, x = attention(mla_latent=6, mla_rope="decoupled"), torch.randn(1, 16, 32)
     unseen = torch.linalg.svd(mixer.latent.weight).Vh[6:]  # (26, 32), which W_d maps to 0
     q, k, v = inputs_of(mixer, x, monkeypatch)
     q2, k2, v2 = inputs_of(mixer, x + torch.randn(1, 16, 26) @ unseen, monkeypatch)
@@ -108,7 +108,7 @@ def test_scores_depend_on_distance_and_not_on_place(rope, monkeypatch):
 
 
 def test_decoupled_position_is_in_the_turned_part_alone_and_shared_by_heads(monkeypatch):
-    mixer = attention(mla_latent=12, num_kv_heads=4)
+    mixer = attention(mla_latent=12, num_kv_heads=4, mla_rope="decoupled")
     _, k, v = inputs_of(mixer, torch.randn(1, 1, 32).expand(1, 40, 32), monkeypatch)
     same = k[..., :1, :4].expand(1, 4, 40, 4), v[..., :1, :].expand_as(v), k[:, :1, :, 4:].expand(1, 4, 40, 4)
     torch.testing.assert_close((k[..., :4], v, k[..., 4:]), same, atol=1e-5, rtol=1e-5)
@@ -117,8 +117,12 @@ def test_decoupled_position_is_in_the_turned_part_alone_and_shared_by_heads(monk
 
 def test_saves_what_the_formula_says():
     saved = 2 * 512 * 256 - (512 * 128 + 2 * 128 * 256)  # per layer: two matrices become one down and two up
-    assert mla.Config(mla_rope="post").num_params() == 17_059_912 - 9 * saved == 15_880_264
-    assert mla.Config().num_params() == 15_880_264 + 9 * (512 * 16 - 128 * 4 * 16)
+    assert mla.Config().num_params() == 17_059_912 - 9 * saved == 15_880_264
+    assert mla.Config(mla_rope="decoupled").num_params() == 15_880_264 + 9 * (512 * 16 - 128 * 4 * 16)
+
+
+def test_a_turned_part_of_a_head_makes_it_decoupled():
+    assert (mla.Config().mla_rope, mla.Config(mla_rope_dims=8).mla_rope) == ("post", "decoupled")
 
 
 @pytest.mark.parametrize(

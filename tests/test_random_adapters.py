@@ -80,8 +80,13 @@ def test_merged_and_factored_matrices_give_one_output():
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
     up = model.adapters[0]
     for layer, weight in enumerate(made(model)["mlp.up"]):
-        factored = (x @ up.base[layer].T) * up.gain[layer] + (x @ up.A[layer].T) @ up.B[layer].T
+        factored = (x @ up.base[layer].T) * up.gain[layer] + (x @ up.A[layer].T) @ up.B[layer]
         torch.testing.assert_close(x @ weight.T, factored, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_lie_on_their_side_for_muon_steps_further_in_what_stands():
+    for adapter in tiny("random_adapters", rand_targets=ALL).adapters:
+        assert all(p.size(-2) <= p.size(-1) for p in (adapter.A, adapter.B))
 
 
 def test_training_leaves_the_maps_alone_and_moves_only_the_rest():

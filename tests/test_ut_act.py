@@ -67,6 +67,13 @@ def test_halting_probabilities_sum_to_one(steps):
     assert taken.unique().numel() >= min(3, steps)  # tokens halt at different steps, or it would prove little
 
 
+def test_a_token_may_halt_however_few_steps_there_are():
+    for steps in (2, 3):
+        model = tiny("ut_act", num_layers=steps, ut_min_steps=5)
+        model.adaptive(rms_norm(torch.randn(1, 16, 32)))[1:][1].sum().backward()
+        assert model.halt_bias.grad
+
+
 def test_about_half_of_the_steps_left_are_taken_at_first():
     for steps, least in ((4, 1), (12, 3), (24, 3)):
         model = tiny("ut_act", num_layers=steps, ut_min_steps=least)
