@@ -274,20 +274,19 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def compile_pays(run: RunConfig, device: torch.device) -> tuple[bool, str]:
-    """(compile?, why): COMPILE, or where it pays; on CPU it costs most of a minute and a C++ compiler."""
+    """(compile?, why): COMPILE, or where it pays; it costs most of a minute, and on CUDA a C, on CPU a C++ compiler."""
     if run.compile is not None:
         return run.compile, "COMPILE is set"
-    if device.type == "cuda":
-        return True, "CUDA"
-    if device.type != "cpu":
+    if device.type not in ("cuda", "cpu"):
         return False, f"not by default on {device.type}"
-    if run.iterations < 200 or run.cap_seconds < 120:
+    if device.type == "cpu" and (run.iterations < 200 or run.cap_seconds < 120):
         return False, "the run is too short to pay for it"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        return False, "no C++ compiler found; install g++ to train faster"
+    names = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
+    if not any(shutil.which(name) for name in (os.environ.get(names[0], names[1]), *names[1:])):
+        return False, f"no compiler found; install {names[1]} to train faster"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return False, "no Python headers found; install python3-dev to train faster"
-    return True, "the run is long enough to pay for it"
+    return True, "CUDA" if device.type == "cuda" else "the run is long enough to pay for it"
 
 
 def pick_device(wanted: str | None) -> torch.device:
@@ -1683,6 +1682,8 @@ def announce(log: RunLog, model: LanguageModel, machine: Machine, loader: TokenL
     """Log what is about to be trained, and on what."""
     params = sum(p.numel() for p in model.parameters())
     log(f"model_params:{params} | world_size:{machine.world_size} | seed:{loader.seed}")
+    if made := model.materialize():  # a network that makes fewer numbers than it has saves nothing
+        log(f"generated_weights:{sum(weight.numel() for weight in made.values())}")
     dtype, threads = str(machine.dtype).removeprefix("torch."), torch.get_num_threads()
     log(f"device:{machine.device.type} dtype:{dtype} threads:{threads} hardware:{hardware_name(machine)}")
     log(f"compile:{'on' if machine.compile else 'off'} ({why})")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_architectures import CPU, shake, some_tokens, tiny
+from test_architectures import CPU, SHAPE, shake, some_tokens, tiny
 from test_generated import artifact
 
 import train_gpt
@@ -36,6 +36,32 @@ def test_the_weight_changes_the_trunk_and_the_target_gets_no_gradient_of_the_err
     assert found[0.1][of_context].any() and not found[0.1][of_target].any()
 
 
+@pytest.mark.parametrize("reg", ["sigreg", "vicreg"])
+def test_the_regulariser_s_gradient_reaches_the_target_s_layer(reg):
+    settings = {"jepa_context": 1, "jepa_target": 2, "jepa_nats": 0.0, "jepa_schedule": "phases"}
+    model = shake(tiny("jepa", jepa_reg=reg, **settings)).requires_grad_(True)
+    assert gradients(model, some_tokens(2, 65))["blocks.2.mlp.up.weight"].any()
+
+
+@pytest.mark.parametrize("offsets", ["1", "6", "5,7"])
+def test_the_error_is_the_distance_of_each_guess_to_the_state_so_many_tokens_later(offsets):
+    settings = {"jepa_reg": "none", "jepa_nats": 0.0, "jepa_weight": 1.0, "jepa_schedule": "phases"}
+    model, tokens = shake(tiny("jepa", jepa_offsets=offsets, **settings)).train(), some_tokens(3, 65)
+    states, errors = {}, []
+    for layer in (model.config.context, model.config.target):
+        model.blocks[layer].register_forward_hook(lambda m, args, x, layer=layer: states.update({layer: x}))
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    u, z = rms_norm(states[model.config.context]), rms_norm(states[model.config.target])
+    for k, ahead in zip(model.config.offsets(), model.predictor.ahead, strict=True):
+        present = range(0, 64 - k, model.config.jepa_stride)
+        later = torch.stack([z[:, t + k] for t in present])
+        later = (later - later.mean(dim=(0, 1))) / later.var(dim=(0, 1), correction=0).sqrt()
+        for t, y in zip(present, later, strict=True):
+            guess = rms_norm(F.relu(u[:, t] @ model.predictor.up.weight.T).square()) @ ahead.weight.T
+            errors.append((guess - y).square().mean())
+    torch.testing.assert_close(loss, torch.stack(errors).mean(), atol=0, rtol=1e-4)
+
+
 def test_a_copy_of_the_present_state_is_a_bad_guess_and_the_mean_one_of_1():
     model = shake(tiny("jepa"))
     states = []
@@ -52,6 +78,22 @@ def test_regularisers_tell_normal_states_from_collapsed_ones():
     for reg in (jepa.vicreg, lambda z: jepa.sigreg(z, DIRECTIONS)):
         assert reg(good) < 0.1 * min(reg(torch.zeros_like(good)), reg(line)), reg
     assert jepa.effective_dimensions(good[:256]) > 10 > 1.5 > jepa.effective_dimensions(line[:256])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_states_collapse_without_a_regulariser_and_not_with_one(seed, text):
+    batches = torch.tensor(list(text[: 80 * 4 * 65])).add(4).view(80, 4, 65)
+    dimensions = {}
+    for reg in ("none", "sigreg", "vicreg"):
+        settings = SHAPE | {"num_layers": 2, "jepa_nats": 0.0, "jepa_schedule": "phases", "jepa_until": 1.0}
+        torch.manual_seed(seed)
+        model, late = jepa.Model(jepa.Config(**settings, jepa_reg=reg)), []
+        trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
+        for step, batch in enumerate(batches):
+            trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])
+            late.append(model.gauges[2].item())
+        dimensions[reg] = sum(late[-10:]) / 10
+    assert dimensions["none"] < 6 < min(dimensions["sigreg"], dimensions["vicreg"]), dimensions
 
 
 def test_the_schedule_ends_in_the_nats_alone():

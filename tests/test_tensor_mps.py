@@ -1,5 +1,6 @@
 """Products of matrices along the sequence: the tree equals the loop, order matters, nothing overflows; and trains."""
 
+import numpy as np
 import pytest
 import torch
 from test_architectures import shake, some_tokens, tiny
@@ -41,12 +42,43 @@ def test_a_long_product_neither_overflows_nor_vanishes(spread):
     torch.testing.assert_close(out.square().mean(-1), torch.ones(2, 4096), atol=1e-3, rtol=0)
 
 
-def test_the_state_is_a_bottleneck_of_the_bond_s_size():
-    mixer = next(m for m in shake(tiny("tensor_mps", mps_bond=2)).modules() if isinstance(m, MatrixProduct))
+def mixer_of(**settings) -> MatrixProduct:
+    return next(m for m in shake(tiny("tensor_mps", **settings)).modules() if isinstance(m, MatrixProduct))
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, 32, generator=torch.Generator().manual_seed(0))
+
+
+def states(mixer: MatrixProduct, u: torch.Tensor) -> torch.Tensor:
+    """h of every position of u."""
     seen = []
-    mixer.read.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    mixer(torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(0)))
-    assert seen[0].shape == (3, 50, 2)
+    with mixer.read.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        mixer(u)
+    return seen[0]
+
+
+def test_the_state_is_a_bottleneck_of_the_bond_s_size():
+    assert states(mixer_of(mps_bond=2), inputs(3, 50)).shape == (3, 50, 2)
+
+
+def test_a_token_s_matrix_is_the_identity_plus_its_site_s_sum_of_cores_at_a_rate_per_row():
+    mixer, u = mixer_of(mps_bond=3, mps_phys=5), inputs(2, 4)
+    made = mixer.matrices(u)
+    assert made.shape == (2, 4, 3, 3)
+    for b, t in np.ndindex(2, 4):
+        p = mixer.physical.weight @ u[b, t]
+        p = p / p.square().mean().sqrt()
+        moves = sum(p[d] * mixer.core[d].view(3, 3) for d in range(5))
+        torch.testing.assert_close(made[b, t], torch.eye(3) + torch.diag(mixer.rate) @ moves)
+
+
+@pytest.mark.parametrize(("bond", "matters"), [(1, False), (2, True), (8, True)])
+def test_the_order_of_two_tokens_stays_in_the_state_unless_the_bond_is_1(bond, matters):
+    mixer, u = mixer_of(mps_bond=bond), inputs(2, 12)
+    ends = [states(mixer, x)[:, -1] for x in (u, u[:, [0, 5, 2, 3, 4, 1, *range(6, 12)]])]
+    moved = (ends[0] - ends[1]).abs().amax(dim=-1)
+    assert (moved > 0.01).all() if matters else (moved < 1e-5).all()
 
 
 def test_exchanging_two_tokens_of_the_past_changes_the_prediction():

@@ -11,6 +11,7 @@ from torch import nn
 import train_gpt
 from architectures import load_architecture, ti_ssm
 from architectures.kernels import scan
+from architectures.layers import rms_norm
 from architectures.time_index import FEATURES, time_features
 
 GATED = ("ti_mlp", "ti_ssm", "ti_ode")
@@ -55,6 +56,15 @@ def fill_alike(*models) -> None:
         train_gpt.fill_generated(model.eval().requires_grad_(False))
 
 
+def far_gated(name: str, **settings):
+    """A shaken model whose gates are far from 1."""
+    model = tiny(name, **settings)
+    with torch.no_grad():
+        for p in model.time.parameters():
+            p.add_(2 * torch.randn_like(p))
+    return shake(model)
+
+
 @every_setting
 def test_count_of_parameters_is_the_closed_form(name, settings):
     model = tiny(name, **settings)
@@ -79,6 +89,69 @@ def test_gates_change_nothing_at_first(name, gate):
     gated, plain = tiny(name, ti_gate=gate), tiny(name, ti_feat="none")
     fill_alike(gated, plain)
     assert torch.equal(gated.logits(some_tokens(2, 64)), plain.logits(some_tokens(2, 64)))
+
+
+OF_BLOCK = "attention_in attention_out mlp_in mlp_hidden mlp_out"
+OF_SSM = "ssm_in ssm_dt ssm_A ssm_skip ssm_out"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "names"),
+    [
+        ("ti_mlp", {}, OF_BLOCK),
+        ("ti_mlp", {"ti_gate": "head", "ti_order": "cycle"}, OF_BLOCK),
+        ("ti_ssm", {}, f"{OF_BLOCK} {OF_SSM} ssm_keys"),
+        ("ti_ssm", {"ssm_mode": "lti"}, f"{OF_BLOCK} {OF_SSM} ssm_B ssm_C"),
+        ("ti_ode", {}, "slope"),
+        ("ti_ode", {"ti_where": "all"}, "attention_in mlp_in mlp_hidden slope"),
+    ],
+    ids=str,
+)
+def test_a_layer_s_tensors_are_the_shared_ones_between_two_diagonals_of_gates(name, settings, names):
+    model = far_gated(name, **settings)
+    gates, made = model.gates(), model.materialize()
+    assert set(gates) == set(names.split()) and all((gate - 1).abs().amax() > 0.1 for gate in gates.values())
+    for i in range(4):
+        for key, gate in model.config.gated(i).items():
+            shared = model.base[model.config.block_of(i)].get_parameter(key)
+            wanted = shared.exp() if gate.log else shared
+            wanted = wanted if gate.rows is None else torch.diag(gates[gate.rows][i]) @ wanted
+            wanted = wanted if gate.columns is None else wanted @ torch.diag(gates[gate.columns][i])
+            torch.testing.assert_close(made.pop(f"blocks.{i}.{key}"), wanted.log() if gate.log else wanted)
+    assert not made
+
+
+@pytest.mark.parametrize("gate", ["rank2", "lora2"])
+@pytest.mark.parametrize("name", GATED)
+def test_a_low_rank_gate_is_a_weighted_sum_of_two_outer_products(name, gate):
+    model = far_gated(name, ti_gate=gate)
+    gates, made = model.gates(), model.materialize()
+    for i in range(4):
+        block = model.config.block_of(i)
+        for key in [key for key in model.config.gated(i) if key.endswith("weight")]:
+            u, v = (model.factors[f"{block}_{key.replace('.', '_')}_{side}"] for side in "uv")
+            product = sum(gates[key][i, r] * torch.outer(u[:, r], v[:, r]) for r in range(2))
+            shared = model.base[block].get_parameter(key)
+            wanted = shared * 2 * product.sigmoid() if gate == "rank2" else shared + product
+            torch.testing.assert_close(made[f"blocks.{i}.{key}"], wanted)
+            assert (wanted - shared).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("gate", ["channel", "head", "rank2", "lora2"])
+@pytest.mark.parametrize("name", GATED)
+def test_every_output_of_the_time_network_gets_a_gradient(name, gate):
+    model = far_gated(name, ti_gate=gate).requires_grad_(True).train()
+    train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1).backward(some_tokens(4, 65))
+    assert model.time.head.grad.any(dim=-1).all()
+
+
+@pytest.mark.parametrize(("dt", "step"), [("1/L", 0.25), ("1", 1.0)])
+def test_ti_ode_takes_euler_steps_along_attention_and_mlp_gated_alike(dt, step):
+    model, x = far_gated("ti_ode", ode_dt=dt), torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    f, y = model.base[0], x
+    for m in model.gates()["slope"]:
+        y = y + step * m * (f.mixer(rms_norm(y), f.mixer_scale) + f.mlp(rms_norm(y), f.mlp_scale))
+    torch.testing.assert_close(model.backbone(x), y, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"ti_blocks": 1}, {"ti_order": "cycle"}, {"unet_skips": False}], ids=str)
