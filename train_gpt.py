@@ -234,6 +234,10 @@ class Machine:
             dist.all_reduce(values)
         return values
 
+    def fork_rng(self) -> contextlib.AbstractContextManager:
+        """What is drawn at random inside is no part of the run."""
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+
     def most(self, value: int) -> int:
         """The largest of the ranks' values."""
         if self.world_size == 1:
@@ -281,9 +285,9 @@ def compile_pays(run: RunConfig, device: torch.device) -> tuple[bool, str]:
         return False, f"not by default on {device.type}"
     if device.type == "cpu" and (run.iterations < 200 or run.cap_seconds < 120):
         return False, "the run is too short to pay for it"
-    names = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
-    if not any(shutil.which(name) for name in (os.environ.get(names[0], names[1]), *names[1:])):
-        return False, f"no compiler found; install {names[1]} to train faster"
+    variable, *usual = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
+    if not any(shutil.which(name) for name in (os.environ.get(variable, ""), *usual)):
+        return False, f"no compiler found; install {usual[0]} to train faster"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return False, "no Python headers found; install python3-dev to train faster"
     return True, "CUDA" if device.type == "cuda" else "the run is long enough to pay for it"
@@ -1413,7 +1417,7 @@ class Trainer:
         """Run every graph on random tokens, then put everything back; seconds of a step (0 without warm-up)."""
         model, seconds = self.model, 0.0
         kept = {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-        with torch.random.fork_rng(devices=[self.machine.device] if self.machine.device.type == "cuda" else []):
+        with self.machine.fork_rng():
             for fraction in (0.0, *model.progress_switches) if self.run.warmup_steps else ():
                 model.on_progress(fraction)
                 laps = []  # (seconds, of these until the last kernel was launched)
@@ -1682,8 +1686,10 @@ def announce(log: RunLog, model: LanguageModel, machine: Machine, loader: TokenL
     """Log what is about to be trained, and on what."""
     params = sum(p.numel() for p in model.parameters())
     log(f"model_params:{params} | world_size:{machine.world_size} | seed:{loader.seed}")
-    if made := model.materialize():  # a network that makes fewer numbers than it has saves nothing
-        log(f"generated_weights:{sum(weight.numel() for weight in made.values())}")
+    with torch.no_grad(), machine.fork_rng():
+        generated = sum(weight.numel() for weight in model.materialize().values())
+    if generated:  # by a network, say, which saves nothing if it has more numbers itself
+        log(f"generated_weights:{generated}")
     dtype, threads = str(machine.dtype).removeprefix("torch."), torch.get_num_threads()
     log(f"device:{machine.device.type} dtype:{dtype} threads:{threads} hardware:{hardware_name(machine)}")
     log(f"compile:{'on' if machine.compile else 'off'} ({why})")

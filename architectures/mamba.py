@@ -178,8 +178,7 @@ class Mamba2(Recurrent):
 
     def scan(self, state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, delta: Tensor) -> tuple:
         """(y, the state after it); q, k (B, T, G, N), v (B, T, H, P), log_decay, delta fp32 (B, T, H)."""
-        rest = dict(skip=self.skip, chunk_size=self.chunk_size)
-        return scan_from(state, chunked_scan, q, k, v, log_decay, delta, **rest)
+        return scan_from(state, chunked_scan, q, k, v, log_decay, delta, skip=self.skip, chunk_size=self.chunk_size)
 
 
 class DeltaNet(Mamba2):

@@ -25,6 +25,11 @@ every_generator = pytest.mark.parametrize("name", [*NETWORKS, "seed_model"])
 every_setting = pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
 
 
+def generator_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that all its weights are made by."""
+    return next(getattr(model, name) for name in ("subspace", "time", "generator") if hasattr(model, name))
+
+
 def at_normal_width(name: str, **settings):
     """One layer of the kit's normal width."""
     Model, Config = load_architecture(name)
@@ -107,7 +112,7 @@ def test_weights_are_generated_once_per_optimizer_step(name):
     grads, calls = [], []
     for micro_batches in (1, 4):
         model = shake(tiny(name)).train().requires_grad_(True)
-        generator = model.subspace if name == "seed_model" else model.generator
+        generator = generator_of(model)
         generator.register_forward_hook(lambda *_: calls.append(1))
         train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches).backward(some_tokens(4, 65))
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -118,7 +123,7 @@ def test_weights_are_generated_once_per_optimizer_step(name):
 @pytest.mark.parametrize("name", [*NETWORKS, "seed_model", "ti_mlp", "tong_ode"])
 def test_weights_are_generated_in_full_precision(name):
     model, seen = tiny(name), []
-    generator = getattr(model, {"seed_model": "subspace", "ti_mlp": "time", "tong_ode": "time"}.get(name, "generator"))
+    generator = generator_of(model)
     generator.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
     before = torch.get_float32_matmul_precision()
     try:

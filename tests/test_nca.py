@@ -1,5 +1,7 @@
 """The automaton over tokens sees as far as its steps reach; the one over weights stores a rule, not the weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_architectures import CPU, shake, some_tokens, tiny
@@ -149,3 +151,12 @@ def test_automaton_over_weights_never_looks_at_later_tokens_and_trains_all_that_
 def test_bad_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         tiny("nca", **settings)
+
+
+def test_counting_the_weights_that_it_makes_draws_nothing_from_the_run():
+    model, lines = tiny("nca", nca_mode="weights", nca_fire=0.5).train(), []
+    loader = SimpleNamespace(seed=1, files=[], num_windows=0, rows=0)
+    before = torch.get_rng_state()
+    train_gpt.announce(lines.append, model, CPU, loader, "")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert f"generated_weights:{sum(weight.numel() for weight in model.materialize().values())}" in lines
