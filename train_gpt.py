@@ -109,6 +109,9 @@ class RunConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip_norm: float = 0.0  # 0 = off
+    muon_wd: float = 0.0  # decay of matrices, at every step by this times the rate; smaller weights also code better
+    embed_wd: float = 0.0  # the same of embeddings and an untied head
+    min_lr: float = 0.0  # at the warmdown's end, of the base rates
     ema_decay: float = 0.0  # of an average of the weights, which is then what is stored; 0 = off, else near 0.99
     ema_start: float = 0.6  # fraction of the run at which the average begins
 
@@ -129,8 +132,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("iterations", "train_batch_tokens", "train_log_every", "muon_backend_steps")
-        at_least_zero = ("max_wallclock_seconds", "warmup_steps", "warmdown_iters", "eval_stride", "grad_clip_norm")
-        for minimum, names in ((1, at_least_one), (0, (*at_least_zero, "val_loss_every"))):
+        at_least_zero = ("max_wallclock_seconds", "warmup_steps", "warmdown_iters", "val_loss_every", "eval_stride")
+        for minimum, names in ((1, at_least_one), (0, (*at_least_zero, "grad_clip_norm", "muon_wd", "embed_wd"))):
             for name in names:
                 if not getattr(self, name) >= minimum:
                     raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least {minimum}")
@@ -146,7 +149,7 @@ class RunConfig:
             raise ValueError(f"SCHEDULE={self.schedule} must be time or steps")
         if self.muon_polynomial not in MUON_POLYNOMIALS:
             raise ValueError(f"MUON_POLYNOMIAL={self.muon_polynomial} must be {' or '.join(MUON_POLYNOMIALS)}")
-        for name in ("warmdown_max_fraction", "ema_decay", "ema_start"):
+        for name in ("warmdown_max_fraction", "ema_decay", "ema_start", "min_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name.upper()}={getattr(self, name)} must be between 0 and 1")
 
@@ -559,15 +562,19 @@ class TokenLoader:
         if not self.num_windows:
             raise ValueError(f"no training shard is longer than two windows of TRAIN_SEQ_LEN={seq_len}; use more text")
         self.first = np.concatenate(([0], np.cumsum(self.windows)))
-        self.epoch = None
+        self.draw(0)  # the clock does not run yet
+
+    def draw(self, epoch: int) -> None:
+        """The order of an epoch's windows, and where in each shard the first begins."""
+        rng = np.random.default_rng((self.seed, epoch))
+        self.epoch, self.order = epoch, rng.permutation(self.num_windows)
+        self.phases = rng.integers(self.seq_len, size=len(self.tokens))
 
     def window(self, index: int) -> np.ndarray:
         """The index-th window of the whole run, T + 1 tokens."""
         epoch, place = divmod(index, self.num_windows)
         if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.order = epoch, rng.permutation(self.num_windows)
-            self.phases = rng.integers(self.seq_len, size=len(self.tokens))
+            self.draw(epoch)
         number = self.order[place]
         shard = int(np.searchsorted(self.first, number, side="right")) - 1
         start = int(number - self.first[shard]) * self.seq_len + self.phases[shard]
@@ -786,6 +793,7 @@ class Muon:
 
     def __init__(self, params: list[nn.Parameter], run: RunConfig, machine: Machine):
         self.base_lr = self.lr = run.matrix_lr
+        self.decay = run.muon_wd
         self.momentum, self.how, self.machine = 0.95, (run.muon_backend_steps, run.muon_polynomial), machine
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if machine.compile else orthogonalize
         self.batches: dict[tuple[int, int], list[nn.Parameter]] = {}
@@ -832,6 +840,8 @@ class Muon:
             updates.append(self.spread(grads.add_(buffer, alpha=self.momentum).to(self.machine.dtype)))
         for params, finish in zip(self.batches.values(), updates, strict=True):
             for p, update in zip(params, self.upright(finish().to(params[0].dtype), params), strict=True):
+                if self.decay:
+                    p.mul_(1 - self.lr * self.decay)
                 p.add_(update, alpha=-self.lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
         self.grads = {}
 
@@ -861,8 +871,13 @@ class Optimizers:
         groups, self.run = parameter_groups(model), run
         embed_lr = run.tied_embed_lr if model.head is None else run.embed_lr
         rates = {"embed": embed_lr, "head": run.head_lr, "scalar": run.scalar_lr}
-        adam = [dict(params=groups[name], lr=lr, base_lr=lr) for name, lr in rates.items() if groups[name]]
-        self.adam = torch.optim.Adam(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
+        decays = {"embed": run.embed_wd, "head": run.embed_wd, "scalar": 0.0}
+        adam = [
+            dict(params=groups[name], lr=lr, base_lr=lr, weight_decay=decays[name])
+            for name, lr in rates.items()
+            if groups[name]
+        ]
+        self.adam = torch.optim.AdamW(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
         self.muon = Muon(groups["matrix"], run, machine)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.average: list[Tensor] = []
@@ -948,10 +963,11 @@ class Schedule:
         return step / max(1.0, step + self.remaining_steps(step))
 
     def lr_scale(self, step: int) -> float:
-        """1, then linearly down to 0 over the warmdown, never more than warmdown_max_fraction of the run."""
+        """1, then linearly down to MIN_LR over the warmdown, never more than warmdown_max_fraction of the run."""
         left = self.remaining_steps(step)
         warmdown = min(self.run.warmdown_iters, self.run.warmdown_max_fraction * (step + left))
-        self.scales.append(min(1.0, left / warmdown) if warmdown else 1.0)
+        high = min(1.0, left / warmdown) if warmdown else 1.0
+        self.scales.append(self.run.min_lr + (1 - self.run.min_lr) * high)
         return self.scales[-1]
 
     def room_for(self, seconds: float) -> bool:
@@ -1356,6 +1372,8 @@ class Trainer:
 
     def backward(self, batch: Tensor) -> Tensor:
         """Leave this rank's mean gradient in .grad; its mean loss, a scalar on the device. batch is (rows, T + 1)."""
+        if self.model.gauge_names:
+            self.model.gauges.fill_(torch.nan)  # until this pass shows them; a switched off one shows nothing
         generated = self.model.materialize()
         leaves = {name: value.detach().requires_grad_() for name, value in generated.items()}
         total = torch.zeros((), device=batch.device)
@@ -1474,7 +1492,7 @@ def train(
         """Wait for the oldest step in flight, log it; True when all ranks are to stop."""
         nonlocal last
         step, report = pending.popleft()
-        loss, elapsed, stop, late = report.read()
+        loss, elapsed, stop, late, *gauges = report.read()
         now = time.perf_counter()
         if late:
             log(f"dropped_step:{step + 1} its gradient was ready at {1000 * (now - start):.0f}ms, too late for the cap")
@@ -1490,9 +1508,11 @@ def train(
         done = step + 1
         if done <= 10 or done % run.train_log_every == 0 or done == run.iterations:
             milliseconds = 1000 * outcome.seconds
+            shown = zip(model.gauge_names, gauges, strict=True)  # of rank 0's last micro-batch
             log(
                 f"step:{done}/{run.iterations} train_loss:{loss:.4f} train_time:{milliseconds:.0f}ms "
                 f"step_avg:{milliseconds / done:.2f}ms lr_scale:{schedule.scales[step]:.3f}"
+                + "".join(f" {name}:{value:.4f}" for name, value in shown if not math.isnan(value))
             )
         return stop > 0
 
@@ -1510,7 +1530,7 @@ def train(
             model.on_progress(outcome.progress)
             report = trainer.train_step(next(batches), step, schedule.lr_scale(step), votes)
             trainer.optimizers.follow(outcome.progress)
-            pending.append((step, Report(report)))
+            pending.append((step, Report(torch.cat((report, model.gauges)) if model.gauge_names else report)))
             while len(pending) > machine.lag:
                 stop = finish() or stop
             if stop:

@@ -167,6 +167,11 @@ class Model(LanguageModel):
             self.time = Linear(config.num_features, config.model_dim, zero_init=True)
         self.on_progress(1.0)
 
+    @property
+    def gauge_names(self) -> tuple[str, ...]:
+        """What the loss is made of; with w = 0 it is the denoiser's alone."""
+        return ("nats", "diff_nats") if 0 < self.config.diff_ar_weight < 1 else ()
+
     def make_mixer(self, layer_idx: int) -> nn.Module:
         mixer = CausalSelfAttention(self.config)
         mixer.attend = self.streams.attend
@@ -255,8 +260,12 @@ class Model(LanguageModel):
         # Only a masked target has a loss: the head reads their slots alone, about half of them.
         slots = masked.flatten().logical_not().byte().argsort(stable=True)[: most_masked(count.numel(), b)]
         noisy = self.nats_of(x[-n:].flatten(0, 1)[slots], target_ids[:n].flatten()[slots])
-        loss = (1 - w) * (weight.flatten()[slots] * noisy).sum()
-        return loss + w * self.nats_of(x[:B].flatten(0, 1), target_ids.flatten()).mean() if w else loss
+        noisy = (weight.flatten()[slots] * noisy).sum()
+        if not w:
+            return noisy
+        nats = self.nats_of(x[:B].flatten(0, 1), target_ids.flatten()).mean()
+        self.show(nats, noisy)
+        return (1 - w) * noisy + w * nats
 
     @torch.no_grad()
     def nelbo(self, input_ids: Tensor, target_ids: Tensor, samples: int, generator: torch.Generator) -> Tensor:

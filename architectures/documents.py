@@ -49,10 +49,13 @@ class DocumentModel(LanguageModel):
         super().__init__(config)
 
     def make_mixer(self, layer_idx: int) -> nn.Module:
-        mixer = CausalSelfAttention(self.config)
+        mixer = self.make_attention(layer_idx)
         if self.documents:
             mixer.attend = self.documents.attend
         return mixer
+
+    def make_attention(self, layer_idx: int) -> CausalSelfAttention:
+        return CausalSelfAttention(self.config)
 
     def head_inputs(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         if self.documents:

@@ -171,7 +171,12 @@ class Model(LanguageModel):
             self.skip_weights = control(nn.Parameter(torch.ones(self.num_skips, config.main_dim)))
         self.residual = Linear(D, D, zero_init=True)
         self.decoder = nn.ModuleList(Block(CausalSelfAttention(outer), outer) for _ in range(config.dec))
-        self.ratio: Tensor | None = None  # the ratio loss, on its way from backbone to training_loss
+        self.routed: tuple[Tensor, ...] | None = None  # p, b wanted, c(t), on their way from backbone to training_loss
+
+    @property
+    def gauge_names(self) -> tuple[str, ...]:
+        """Also the tokens of a chunk, and the part of the boundaries that found no slot."""
+        return "nats", "hnet_chunk_tokens", "hnet_refused"
 
     def make_blocks(self) -> nn.ModuleList:
         """The main network's."""
@@ -198,7 +203,7 @@ class Model(LanguageModel):
         p = self.router(x)
         wanted = p >= 0.5
         begun = chunks_begun(wanted, self.config.slot_rate)
-        self.ratio = self.ratio_loss(wanted, p) if self.training else None
+        self.routed = (p, wanted, begun) if self.training else None
 
         slot = torch.arange(1, self.config.slots(T) + 1, device=x.device).expand(len(x), -1).contiguous()
         starts = torch.searchsorted(begun, slot).clamp(max=T - 1)  # (B, C); an empty slot's is the last position
@@ -216,6 +221,11 @@ class Model(LanguageModel):
 
     def training_loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """Mean nats, and in training the ratio loss."""
-        loss, ratio = super().training_loss(input_ids, target_ids), self.ratio
-        self.ratio = None
-        return loss if ratio is None else loss + self.config.hnet_ratio_w * ratio
+        nats, routed = super().training_loss(input_ids, target_ids), self.routed
+        self.routed = None
+        if routed is None:
+            return nats
+        p, wanted, begun = routed
+        chunks = begun[:, -1].sum()
+        self.show(nats, wanted.numel() / chunks, 1 - chunks / wanted.sum())
+        return nats + self.config.hnet_ratio_w * self.ratio_loss(wanted, p)

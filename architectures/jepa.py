@@ -1,14 +1,15 @@
 """JEPA: hidden states also predict later hidden states (Assran et al. 2023, https://arxiv.org/abs/2301.08243).
 
-With n the RMS norm, u_t = n(state of layer JEPA_CONTEXT at position t), z_t = n(state of layer JEPA_TARGET), y = z with
-each dimension brought to mean 0 and variance 1 over the batch, sg a value as a constant, and k each of JEPA_OFFSETS:
-    error = mean over t and k of |W_k n(relu(U u_t)^2) - sg(y_{t+k})|^2 / D
+With n the RMS norm, u_t = n(state of layer JEPA_CONTEXT at position t), z_t = n(state of layer JEPA_TARGET), sg a value
+as a constant, and k each of JEPA_OFFSETS:
+    y_tk = (z_{t+1} + .. + z_{t+k}) / k, each dimension brought to mean 0 and variance 1;  JEPA_POOL=0: z_{t+k} alone
+    error = mean over t and k of |W_k n(relu(U u_t)^2) - sg(y_tk)|^2 / D
     loss = (1 - s (1 - JEPA_NATS)) nats + s JEPA_WEIGHT (error + JEPA_REG_WEIGHT reg),   JEPA_WEIGHT=0 is gpt
-All states are those of the one pass that predicts tokens; z_{t+k} is a label, so scores stay causal. The error is 1 for
-a predictor that knows nothing. A mean common to all states fills most of their length: without it in y, the state at t
-is no good guess. JEPA_SCHEDULE=fade: s falls from 1 to 0 at JEPA_UNTIL of the run; phases: it is 1 until then, and with
-JEPA_NATS near 0 latents come first and tokens second. After that the loss is the nats alone, in a graph without the
-rest. reg keeps the z from becoming alike, and `gauges` says after every step whether it does:
+All states are those of the one pass that predicts tokens; later ones are labels, so scores stay causal. The error is 1
+for a predictor that knows nothing. A mean common to all states fills most of their length: without it in y, the state
+at t is no good guess. JEPA_SCHEDULE=fade: s falls from 1 to 0 at JEPA_UNTIL of the run; phases: it is 1 until then, and
+with JEPA_NATS near 0 latents come first and tokens second. After that the loss is the nats alone, in a graph without
+the rest. reg keeps the z from becoming alike; the log says whether it does, and whether the predictor learns:
     sigreg   distance of the z to a standard normal along directions a: the integral over x of
              |mean exp(i x a.z) - exp(-x^2 / 2)|^2 exp(-x^2 / 2) (LeJEPA, Balestriero and LeCun 2025,
              https://arxiv.org/abs/2511.08544)
@@ -46,6 +47,7 @@ class Config(ModelConfig):
     jepa_schedule: str = field(default="fade", metadata={"other": "phases"})
     jepa_until: float = field(default=0.8, metadata={"other": 0.6})  # of the run; then cross-entropy alone
     jepa_offsets: str = field(default="8,16", metadata={"other": "8"})  # tokens ahead
+    jepa_pool: bool = True  # all tokens up to there; or the one there
     jepa_context: int | None = field(default=None, metadata={"other": 0})  # layer; None = the middle
     jepa_target: int | None = field(default=None, metadata={"other": 0})  # layer; None = three quarters up
     jepa_hidden: int | None = field(default=None, metadata={"other": 8})  # width of the predictor; None = MODEL_DIM / 2
@@ -110,7 +112,7 @@ class WatchedBlock(Block):
 
 
 class Predictor(nn.Module):
-    """From u_t to a guess of y_{t+k}, for each k."""
+    """From u_t to a guess of y_tk, for each k."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -127,6 +129,14 @@ def whitened(z: Tensor) -> Tensor:
     """z (B, N, D) with each dimension at mean 0 and variance 1 over B and N."""
     variance, mean = torch.var_mean(z, dim=(0, 1), correction=0)
     return (z - mean) * torch.rsqrt(variance + 1e-6)
+
+
+def later_states(z: Tensor, k: int, stride: int, pool: bool) -> Tensor:
+    """Of z (B, T, D), for each `stride`-th position t: the mean of the k states after it, or the k-th, (B, N, D)."""
+    if not pool:
+        return z[:, k::stride]
+    sums = F.pad(z, (0, 0, 1, 0)).cumsum(dim=1)
+    return (sums[:, k + 1 :: stride] - sums[:, 1 : z.size(1) - k + 1 : stride]) / k
 
 
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
@@ -169,9 +179,12 @@ class Model(LanguageModel):
             directions = F.normalize(hashed_uniform(DIRECTION_SEED, 0, DIRECTIONS, config.model_dim), dim=1)
             self.register_buffer("directions", directions, persistent=False)
             self.register_buffer("share", torch.ones(()), persistent=False)  # s; a Python number would be compiled in
-            # Of the last step: the error, the least deviation of a dimension of z, the effective dimensions of z.
-            self.register_buffer("gauges", torch.zeros(3), persistent=False)
         self.on_progress(0.5)  # until told, as in the middle of a run
+
+    @property
+    def gauge_names(self) -> tuple[str, ...]:
+        """Also the least deviation of a dimension of z, and its effective dimensions."""
+        return ("nats", "jepa_error", "jepa_deviation", "jepa_dimensions") if self.config.jepa_weight else ()
 
     def make_block(self, layer_idx: int) -> nn.Module:
         watched = self.config.jepa_weight and layer_idx in (self.config.context, self.config.target)
@@ -195,24 +208,23 @@ class Model(LanguageModel):
             block.state = None
         return states
 
-    def auxiliary(self, input_ids: Tensor, context: Tensor, target: Tensor) -> Tensor:
-        """error + JEPA_REG_WEIGHT reg, fp32, from states (B, T, D)."""
+    def auxiliary(self, input_ids: Tensor, context: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(error + JEPA_REG_WEIGHT reg, the gauges but nats), fp32, from states (B, T, D)."""
         config, z, errors = self.config, rms_norm(target.float()), []
         guesses = self.predictor(rms_norm(context[:, :: config.jepa_stride]))
         for k, guess in zip(config.offsets(), guesses, strict=True):
-            y = whitened(z[:, k :: config.jepa_stride].detach())
+            y = whitened(later_states(z.detach(), k, config.jepa_stride, config.jepa_pool))
             errors.append(F.mse_loss(guess[:, : y.size(1)].float(), y))
         error, z = torch.stack(errors).mean(), spaced(z.flatten(0, 1), REG_VECTORS)
         with torch.no_grad():
-            least = z.std(dim=0).min()
-            self.gauges.copy_(torch.stack((error, least, effective_dimensions(spaced(z, GAUGE_VECTORS)))))
+            gauges = [error, z.std(dim=0).min(), effective_dimensions(spaced(z, GAUGE_VECTORS))]
         if config.jepa_reg == "none" or not config.jepa_reg_weight:
-            return error
+            return error, gauges
         if config.jepa_reg == "vicreg":
-            return error + config.jepa_reg_weight * vicreg(z)
+            return error + config.jepa_reg_weight * vicreg(z), gauges
         # A batch has its directions, whatever drew numbers before it, compiled or not.
         first = (input_ids.sum() + torch.arange(DIRECTIONS_AT_ONCE, device=z.device)) % DIRECTIONS
-        return error + config.jepa_reg_weight * sigreg(z, self.directions[first])
+        return error + config.jepa_reg_weight * sigreg(z, self.directions[first]), gauges
 
     def training_loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """Mean nats, and in training, until JEPA_UNTIL, what the latents cost."""
@@ -222,8 +234,9 @@ class Model(LanguageModel):
         states = self.take_states()
         if not (self.training and self.predicting):
             return nats
-        weight = self.share * self.config.jepa_weight
-        return (1 - self.share * (1 - self.config.jepa_nats)) * nats + weight * self.auxiliary(input_ids, *states)
+        cost, gauges = self.auxiliary(input_ids, *states)
+        self.show(nats, *gauges)
+        return (1 - self.share * (1 - self.config.jepa_nats)) * nats + self.share * self.config.jepa_weight * cost
 
     @torch.no_grad()
     def folded(self) -> LanguageModel:

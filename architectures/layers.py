@@ -333,13 +333,17 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); position t sees positions up to t."""
-        B, T, D = x.shape
+        y = self.attend(*self.heads(x))
+        return scaled(self.out, y.transpose(1, 2).reshape(x.shape), scale)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, K), keys and values (B, num_kv_heads, T, K) of x (B, T, D)."""
+        B, T, _ = x.shape
         # (B, T, H, K) up to attention: a compiler makes one kernel of norm and rotation if both go by the same order.
         q = rms_norm(self.query(x).view(B, T, self.num_heads, -1), self.q_gain[:, None])
         k = rms_norm(self.key(x).view(B, T, self.num_kv_heads, -1))
         v = self.value(x).view(B, T, self.num_kv_heads, -1)
-        y = self.attend(*(heads.transpose(1, 2) for heads in (self.rotary(q), self.rotary(k), v)))
-        return scaled(self.out, y.transpose(1, 2).reshape(B, T, D), scale)
+        return self.rotary(q).transpose(1, 2), self.rotary(k).transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What is read, (B, H, T, K), by q (B, H, T, K) of k, v (B, num_kv_heads, T, K)."""
@@ -390,11 +394,14 @@ class LanguageModel(nn.Module):
     """
 
     progress_switches: ClassVar[tuple[float, ...]] = ()  # fractions of the run at which on_progress changes the graph
+    gauge_names: ClassVar[tuple[str, ...]] = ()  # of numbers that say whether the idea is at work, for the log
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32  # of the activations; set by the trainer, followed by every Linear
+        if self.gauge_names:  # a buffer, for a graph looks at an attribute when it is compiled and never again
+            self.register_buffer("gauges", torch.full((len(self.gauge_names),), torch.nan), persistent=False)
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
         nn.init.normal_(self.embed.weight, std=config.tied_embed_init_std if config.tie_embeddings else 1.0)
         self.blocks = self.make_blocks()
@@ -434,9 +441,12 @@ class LanguageModel(nn.Module):
 
     def head_inputs(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """What logits multiplies: normed activations (B, T - start, D) and the head's weight (V, D)."""
-        x = rms_norm(self.embed(input_ids).to(self.compute_dtype))  # (B, T, D)
-        x = rms_norm(self.backbone(x)[:, start:])
+        x = rms_norm(self.backbone(self.embedded(input_ids))[:, start:])
         return x, self.head_weight
+
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """What the backbone begins with, (B, T, D)."""
+        return rms_norm(self.embed(input_ids).to(self.compute_dtype))
 
     @property
     def head_weight(self) -> Tensor:
@@ -483,6 +493,10 @@ class LanguageModel(nn.Module):
 
     def on_progress(self, fraction: float) -> None:
         """Told the fraction of the run (0 to 1) before each step. progress_switches lists what changes the graph."""
+
+    def show(self, *values: Tensor) -> None:
+        """In a pass in training: the gauges, scalars in the order of gauge_names, for the log of this step."""
+        self.gauges.copy_(torch.stack([value.detach().float() for value in values]))
 
     def choose_kernels(self, rows: int, compiled: bool, agree: Callable[[Tensor], Tensor]) -> str:
         """Told, before training, the sequences of a pass and whether it is compiled: the time to race kernels.

@@ -69,7 +69,12 @@ class Model(LanguageModel):
         if config.ut_act:
             self.halt = control(nn.Parameter(torch.zeros(D)))
             self.halt_bias = control(nn.Parameter(torch.tensor([-math.log((L - config.min_steps + 1) / 2)])))
-        self.ponder: Tensor | None = None  # mean(N + R) / L, on its way from backbone to training_loss
+        self.spent: tuple[Tensor, Tensor] | None = None  # N and R, on their way from backbone to training_loss
+
+    @property
+    def gauge_names(self) -> tuple[str, ...]:
+        """Also the mean of N: at UT_MIN_STEPS or at L, nothing is adaptive."""
+        return ("nats", "ut_steps") if self.config.ut_act else ()
 
     def make_mixer(self, layer_idx: int) -> nn.Module:
         return CausalSelfAttention(self.config)
@@ -118,8 +123,8 @@ class Model(LanguageModel):
     def backbone(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D): the mean of the states under the halting probabilities, or the last state."""
         if self.config.ut_act:
-            out, taken, remainder = self.adaptive(x)
-            self.ponder = (taken + remainder).mean() / self.config.num_layers if self.training else None
+            out, *spent = self.adaptive(x)
+            self.spent = tuple(spent) if self.training else None
             return out
         x0 = x
         for n in range(self.config.num_layers):
@@ -128,6 +133,10 @@ class Model(LanguageModel):
 
     def training_loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """Mean nats, and in training the cost of the steps taken."""
-        loss, ponder = super().training_loss(input_ids, target_ids), self.ponder
-        self.ponder = None
-        return loss if ponder is None else loss + self.config.ut_ponder * ponder
+        nats, spent = super().training_loss(input_ids, target_ids), self.spent
+        self.spent = None
+        if spent is None:
+            return nats
+        taken, remainder = spent
+        self.show(nats, taken.mean())
+        return nats + self.config.ut_ponder * (taken + remainder).mean() / self.config.num_layers

@@ -195,11 +195,13 @@ def test_nats_alone_teach_the_router():
 
 def test_ratio_loss_is_in_the_training_loss_and_nowhere_else():
     model, x, y = shake(tiny("hnet", hnet_ratio_w=0.3)), some_tokens(2, 64), some_tokens(2, 65)[:, 1:]
-    nats, (p, _) = model.nats(x, y).mean().item(), routed(model, x)
+    nats, (p, begun) = model.nats(x, y).mean().item(), routed(model, x)
     assert model(x, y).item() == pytest.approx(nats, abs=1e-5)
     share, mean, N = (p >= 0.5).float().mean().item(), p.mean().item(), model.config.hnet_target
     ratio = N / (N - 1) * ((N - 1) * share * mean + (1 - share) * (1 - mean))
     assert model.train()(x, y).item() == pytest.approx(nats + 0.3 * ratio, abs=1e-5) and ratio > 1.01
+    chunks, wanted = begun[:, -1].sum().item(), (p >= 0.5).sum().item()
+    assert model.gauges.tolist() == pytest.approx([nats, 128 / chunks, 1 - chunks / wanted], abs=1e-5)
     assert model.nats(x, y).mean().item() == pytest.approx(nats, abs=1e-6)
 
 

@@ -1,5 +1,7 @@
 """JEPA: what the latent loss predicts, what keeps it from collapsing, when it ends, and that it is not stored."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,9 +45,10 @@ def test_the_regulariser_s_gradient_reaches_the_target_s_layer(reg):
     assert gradients(model, some_tokens(2, 65))["blocks.2.mlp.up.weight"].any()
 
 
+@pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("offsets", ["1", "6", "5,7"])
-def test_the_error_is_the_distance_of_each_guess_to_the_state_so_many_tokens_later(offsets):
-    settings = {"jepa_reg": "none", "jepa_nats": 0.0, "jepa_weight": 1.0, "jepa_schedule": "phases"}
+def test_the_error_is_the_distance_of_each_guess_to_the_states_so_many_tokens_later(offsets, pool):
+    settings = {"jepa_reg": "none", "jepa_nats": 0.0, "jepa_weight": 1.0, "jepa_schedule": "phases", "jepa_pool": pool}
     model, tokens = shake(tiny("jepa", jepa_offsets=offsets, **settings)).train(), some_tokens(3, 65)
     states, errors = {}, []
     for layer in (model.config.context, model.config.target):
@@ -54,7 +57,8 @@ def test_the_error_is_the_distance_of_each_guess_to_the_state_so_many_tokens_lat
     u, z = rms_norm(states[model.config.context]), rms_norm(states[model.config.target])
     for k, ahead in zip(model.config.offsets(), model.predictor.ahead, strict=True):
         present = range(0, 64 - k, model.config.jepa_stride)
-        later = torch.stack([z[:, t + k] for t in present])
+        first = 1 if pool else k
+        later = torch.stack([torch.stack([z[:, t + j] for j in range(first, k + 1)]).mean(dim=0) for t in present])
         later = (later - later.mean(dim=(0, 1))) / later.var(dim=(0, 1), correction=0).sqrt()
         for t, y in zip(present, later, strict=True):
             guess = rms_norm(F.relu(u[:, t] @ model.predictor.up.weight.T).square()) @ ahead.weight.T
@@ -91,7 +95,7 @@ def test_states_collapse_without_a_regulariser_and_not_with_one(seed, text):
         trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
         for step, batch in enumerate(batches):
             trainer.train_step(batch, step, 1.0, lambda: [0.0, 0.0, 0.0])
-            late.append(model.gauges[2].item())
+            late.append(dict(zip(model.gauge_names, model.gauges.tolist(), strict=True))["jepa_dimensions"])
         dimensions[reg] = sum(late[-10:]) / 10
     assert dimensions["none"] < 6 < min(dimensions["sigreg"], dimensions["vicreg"]), dimensions
 
@@ -137,8 +141,12 @@ def test_gauges_say_after_a_step_what_the_states_are():
     model = tiny("jepa")
     trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
     trainer.train_step(some_tokens(4, 65), 0, 1.0, lambda: [0.0, 0.0, 0.0])
-    error, least, dimensions = model.gauges.tolist()
+    nats, error, least, dimensions = model.gauges.tolist()
+    assert nats == pytest.approx(math.log(260), abs=0.1)
     assert error == pytest.approx(1, rel=0.05) and least > 0 and 1 < dimensions < 32
+    model.on_progress(0.9)  # past JEPA_UNTIL
+    trainer.train_step(some_tokens(4, 65), 1, 1.0, lambda: [0.0, 0.0, 0.0])
+    assert model.gauges.isnan().all()
 
 
 @pytest.mark.parametrize(

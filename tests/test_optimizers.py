@@ -89,6 +89,21 @@ def test_batched_muon_equals_one_matrix_at_a_time():
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)
 
 
+def test_weights_decay_by_their_rate_times_the_setting_and_control_tensors_do_not():
+    batch, after = some_tokens(4, 65), {}
+    for decay in (0.0, 0.5):
+        run = train_gpt.RunConfig(muon_wd=decay, embed_wd=decay / 5)
+        trainer = train_gpt.Trainer(tiny("gpt", tie_embeddings=False), run, CPU, micro_batches=1)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train_step(batch, 0, 0.5, lambda: [0.0, 0.0, 0.0])
+        after[decay] = dict(trainer.model.named_parameters())
+    decays = {"embed.weight": 0.6 * 0.1, "head.weight": 0.008 * 0.1}  # rate times setting
+    for name, p in before.items():
+        decay = decays.get(name, 0.0 if train_gpt.is_control(after[0.0][name]) else 0.04 * 0.5)
+        lost = after[0.0][name] - after[0.5][name]
+        torch.testing.assert_close(lost, 0.5 * decay * p, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     batch, grads = some_tokens(8, 65), []
     for count in (1, 4):

@@ -59,6 +59,15 @@ def test_log_starts_with_the_settings_and_keeps_upstreams_grammar(finished):
     )
 
 
+def test_gauges_stand_in_the_log_while_what_they_show_is_on(data, tmp_path):
+    settings = TINY | dict(ARCH="jepa", DATA_PATH=data, OUT_DIR=tmp_path, RUN_ID="r", JEPA_UNTIL=0.5, JEPA_OFFSETS=8)
+    run_script(settings).check_returncode()
+    steps = [line for line in (tmp_path / "r/train.log").read_text().splitlines() if "train_loss:" in line]
+    gauges = r" nats:\d\.\d{4} jepa_error:\d\.\d{4} jepa_deviation:\d\.\d{4} jepa_dimensions:\d+\.\d{4}$"
+    assert [bool(re.search(gauges, line)) for line in steps] == 4 * [True] + 4 * [False]
+    assert [line.split()[-1].startswith("lr_scale:") for line in steps] == 4 * [False] + 4 * [True]
+
+
 def test_phases_follow_each_other_without_gap_or_overlap(finished):
     _, _, lines = finished
     phases = [
@@ -410,6 +419,15 @@ def test_no_run_trains_at_a_starved_rate(seconds, iterations):
         if elapsed + 0.37 > run.cap_seconds:
             break
     assert np.mean(schedule.scales) >= 0.3
+
+
+@pytest.mark.parametrize("least", [0.0, 0.1])
+def test_the_warmdown_ends_at_min_lr(least):
+    run = train_gpt.RunConfig(iterations=100, max_wallclock_seconds=0, warmdown_max_fraction=0.4, min_lr=least)
+    schedule = train_gpt.Schedule(run, 0.0, lag=0)
+    scales = [schedule.lr_scale(step) for step in range(100)]
+    assert scales[:61] == pytest.approx(61 * [1.0]) and scales[80] == pytest.approx(0.5 + 0.5 * least)
+    assert scales[99] == pytest.approx(least + (1 - least) / 40)
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -89,6 +89,7 @@ def test_the_cost_of_steps_is_in_the_training_loss_and_nowhere_else():
     _, taken, remainder = model.adaptive(rms_norm(model.embed(x)))
     cost = 0.3 * (taken + remainder).mean().item() / 6
     assert model.train()(x, y).item() == pytest.approx(nats.item() + cost, abs=1e-5) and cost > 0.05
+    assert model.gauges.tolist() == pytest.approx([nats.item(), taken.mean().item()], abs=1e-5)
     assert model.nats(x, y).mean() == pytest.approx(nats.item(), abs=1e-6)
     assert halting(ut_act=False).train()(x, y) == pytest.approx(halting(ut_act=False).nats(x, y).mean(), abs=1e-6)
 
