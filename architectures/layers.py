@@ -441,7 +441,8 @@ class LanguageModel(nn.Module):
 
     def head_inputs(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """What logits multiplies: normed activations (B, T - start, D) and the head's weight (V, D)."""
-        x = rms_norm(self.backbone(self.embedded(input_ids))[:, start:])
+        x = self.embedded(input_ids)
+        x = rms_norm(self.backbone(x)[:, start:])
         return x, self.head_weight
 
     def embedded(self, input_ids: Tensor) -> Tensor:

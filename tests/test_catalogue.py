@@ -1,9 +1,12 @@
-"""The README's table of architectures is that of their files."""
+"""The README's table of architectures is that of their files, and its commands fit the settings that there are."""
 
 import json
+import re
 
 import pytest
+from conftest import ROOT
 
+import train_gpt
 from architectures import names
 from tools import catalogue
 
@@ -52,3 +55,13 @@ def test_a_table_out_of_date_fails_the_check_and_is_left_alone(tmp_path, capsys)
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
     readme.write_text("no marks")
     assert catalogue.main(["--readme", str(readme)]) == 1 and "must hold" in capsys.readouterr().err
+
+
+def test_every_command_of_the_readme_that_trains_has_settings_that_fit():
+    page = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line for line in page.splitlines() if re.match(r"[A-Z_]+=\S+ .*train_gpt\.py", line)]
+    assert len(commands) >= 4
+    for line in commands:
+        env = dict(re.findall(r"(?:^| )([A-Z][A-Z_]*)=(\S+)", line.split("#")[0]))
+        _, run, config = train_gpt.read_settings(env)
+        train_gpt.check_batch(run, config.train_seq_len, 8 if "nproc_per_node=8" in line else 1)
