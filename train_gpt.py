@@ -870,11 +870,10 @@ class Optimizers:
     def __init__(self, model: LanguageModel, run: RunConfig, machine: Machine):
         groups, self.run = parameter_groups(model), run
         embed_lr = run.tied_embed_lr if model.head is None else run.embed_lr
-        rates = {"embed": embed_lr, "head": run.head_lr, "scalar": run.scalar_lr}
-        decays = {"embed": run.embed_wd, "head": run.embed_wd, "scalar": 0.0}
+        rates = [("embed", embed_lr, run.embed_wd), ("head", run.head_lr, run.embed_wd), ("scalar", run.scalar_lr, 0.0)]
         adam = [
-            dict(params=groups[name], lr=lr, base_lr=lr, weight_decay=decays[name])
-            for name, lr in rates.items()
+            dict(params=groups[name], lr=lr, base_lr=lr, weight_decay=decay)
+            for name, lr, decay in rates
             if groups[name]
         ]
         self.adam = torch.optim.AdamW(adam, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)

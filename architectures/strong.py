@@ -106,7 +106,7 @@ class StrongAttention(CausalSelfAttention):
         super().__init__(config)
         if config.rope_dims < config.head_dim:
             self.rotary = PartialRotary(config.rope_dims, config.rope_base, config.train_seq_len)
-        self.first, self.layer_idx = (first if config.value_residual else None), layer_idx
+        self.first = first if config.value_residual else None
         self.excludes = layer_idx >= config.num_layers - config.xsa_layers
         self.gate = self.value_mix = None
         if self.first and layer_idx:
@@ -133,7 +133,7 @@ class StrongAttention(CausalSelfAttention):
 
 
 class LeakyMLP(MLP):
-    """leaky_relu^2 MLP: below 0 the square keeps its sign off and slope^2 of its size."""
+    """leaky_relu^2 MLP: the square of what is below 0 counts slope^2 times."""
 
     def __init__(self, config: Config):
         super().__init__(config)
