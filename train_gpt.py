@@ -16,6 +16,7 @@ import gc
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import time
 import traceback
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -120,7 +121,9 @@ class RunConfig:
     artifact_bytes: int | None = None  # of model.bin; if it has more, the least clip that fits; default: the cap's rest
     eval_seq_len: int | None = None  # TRAIN_SEQ_LEN
     eval_stride: int = 0  # 0 = windows side by side; n = slide by n, score the last n of each window
-    eval_carry: bool = True  # windows side by side hand on their state, in an architecture that has one
+    eval_carry: bool = True  # windows side by side hand on their state, in an architecture that has one, without TTT
+    ttt_lr: float = 0.0  # test-time training, score first: SGD's rate on the text that has been scored; 0 = off
+    ttt_tokens: int = 32_768  # scored between two of its steps
     val_batch_size: int | None = None  # tokens scored at once on a rank; by the device
     val_max_tokens: int | None = None  # score only the beginning; the result is then marked partial
     quick_score: bool = False  # for studies: score the artifact alone, on CPU too in bf16 and compiled, as training is
@@ -131,9 +134,10 @@ class RunConfig:
     cuda_graphs: bool = False  # replay forward and backward: for steps that take longer to launch than to compute
 
     def __post_init__(self) -> None:
-        at_least_one = ("iterations", "train_batch_tokens", "train_log_every", "muon_backend_steps")
+        at_least_one = ("iterations", "train_batch_tokens", "train_log_every", "muon_backend_steps", "ttt_tokens")
         at_least_zero = ("max_wallclock_seconds", "warmup_steps", "warmdown_iters", "val_loss_every", "eval_stride")
-        for minimum, names in ((1, at_least_one), (0, (*at_least_zero, "grad_clip_norm", "muon_wd", "embed_wd"))):
+        at_least_zero += ("grad_clip_norm", "muon_wd", "embed_wd", "ttt_lr")
+        for minimum, names in ((1, at_least_one), (0, at_least_zero)):
             for name in names:
                 if not getattr(self, name) >= minimum:
                     raise ValueError(f"{name.upper()}={getattr(self, name)} must be at least {minimum}")
@@ -634,6 +638,8 @@ class ScorePlan:
     seq_len: int
     stride: int
     carry: bool = False  # each window goes on from the state of the one before it; only side by side
+    ttt_lr: float = 0.0  # of TestTimeTraining; 0 = off
+    ttt_tokens: int = 32_768  # scored between two of its steps
 
     def __post_init__(self) -> None:
         if not (self.seq_len >= 1 and 1 <= self.stride <= self.seq_len):
@@ -643,6 +649,14 @@ class ScorePlan:
         """(first input position, first scored place in the window): every target is scored once, left to right."""
         later = range(self.stride, num_targets + self.stride - self.seq_len, self.stride)
         return [(0, 0)] + [(begin, self.seq_len - self.stride) for begin in later]
+
+    def chunks(self, num_targets: int) -> Iterator[list[tuple[int, int]]]:
+        """The windows in order, those together that have the first scored place in common and no step between them."""
+        windows = self.windows(num_targets)
+        most = max(1, self.ttt_tokens // self.stride) if self.ttt_lr else len(windows)
+        for _, alike in itertools.groupby(windows, key=lambda window: window[1]):
+            alike = list(alike)
+            yield from (alike[i : i + most] for i in range(0, len(alike), most))
 
 
 def score_rows(plan: ScorePlan, batch_tokens: int | None, device: torch.device) -> int:
@@ -657,7 +671,67 @@ def is_sequential(model: LanguageModel) -> bool:
 
 def carries(model: LanguageModel, plan: ScorePlan) -> bool:
     """Whether windows are scored as one text: a row of a batch goes on from the state of the row before it."""
-    return plan.carry and plan.stride == plan.seq_len and model.can_carry
+    return plan.carry and plan.stride == plan.seq_len and not plan.ttt_lr and model.can_carry
+
+
+def fill_generated(model: LanguageModel, learn: bool = False) -> None:
+    """Put generated weights into their buffers, for scoring; with their graph, to learn."""
+    with torch.set_grad_enabled(learn):
+        for name, value in model.materialize().items():
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, value)
+
+
+class TestTimeTraining:
+    """SGD on what has been scored (dynamic evaluation, Krause et al. 2018, https://arxiv.org/abs/1709.07432).
+
+    tokens is the stream, padded; nats_of scores `rows` windows of it at once, as for the score.
+    """
+
+    def __init__(self, model: LanguageModel, tokens: np.ndarray, plan: ScorePlan, machine: Machine, rows: int, nats_of):
+        self.model, self.tokens, self.plan, self.machine = model, tokens, plan, machine
+        self.rows, self.nats_of = rows, nats_of
+        self.before = [(p, p.detach().clone(), p.requires_grad) for p in model.parameters()]
+        self.learned = 0  # targets that a step has seen
+        model.requires_grad_(True)
+
+    def learn(self, scored: int) -> None:
+        """A step on the whole windows, side by side, among the first `scored` targets that no step has seen."""
+        T, rank, world_size = self.plan.seq_len, self.machine.rank, self.machine.world_size
+        begins = range(self.learned, scored - T + 1, T)
+        if not begins:
+            return
+        self.learned = begins[-1] + T
+        mine = begins[rank::world_size]
+        loss_scale = 1 / (len(begins) * T)
+        for i in range(0, len(mine), self.rows):
+            ids = batch_of(self.tokens, mine[i : i + self.rows], self.rows, T).to(self.machine.device)
+            with torch.enable_grad():
+                fill_generated(self.model, learn=True)
+                nats = self.nats_of(ids[:, :-1], ids[:, 1:], 0)[: len(mine) - i]
+                (loss_scale * nats.sum()).backward()
+        with torch.no_grad():
+            params = list(self.model.parameters())
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+            for p, grad in zip(params, self.machine.sum(flat).split([p.numel() for p in params]), strict=True):
+                p.sub_(grad.view_as(p), alpha=self.plan.ttt_lr)
+                p.grad = None
+            fill_generated(self.model)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the model back as it was."""
+        for p, value, trained in self.before:
+            p.copy_(value).requires_grad_(trained)
+        fill_generated(self.model)
+
+
+def batch_of(padded: np.ndarray, begins: Sequence[int], rows: int, seq_len: int) -> Tensor:
+    """(rows, seq_len + 1) of the tokens from each of begins on, zeros in the rows after those."""
+    ids = np.zeros((rows, seq_len + 1), dtype=np.int64)
+    for row, begin in enumerate(begins):
+        ids[row] = padded[begin : begin + seq_len + 1]
+    return torch.from_numpy(ids)
 
 
 def score_stream(
@@ -671,28 +745,32 @@ def score_stream(
     alone, carried = is_sequential(model), carries(model, plan)
     if carried:
         model.carry(True)
+    chunks = list(plan.chunks(num_targets))
     rows = 1 if alone else score_rows(plan, batch_tokens, machine.device)
+    if plan.ttt_lr:
+        rows = min(rows, -(-max(map(len, chunks)) // machine.world_size))
     # Not on CPU: a compiled sum may differ in its last bits from that of a process that does not compile.
     compiled = machine.compile and (machine.device.type == "cuda" or machine.quick_score) and not alone
     nats_of = torch.compile(model.nats, dynamic=False) if compiled else model.nats
-    windows = plan.windows(num_targets)
-    head = [w for w in windows if w[1] == 0]  # with a stride, the first window alone scores all of its targets
-    batches = [part[i : i + rows] for part in (head, windows[len(head) :]) for i in range(0, len(part), rows)]
     padded = np.zeros(num_targets + 1 + plan.seq_len, dtype=np.int64)
     padded[: num_targets + 1] = tokens
-    for batch in batches if alone or carried else batches[machine.rank :: machine.world_size]:
-        ids = np.zeros((rows, plan.seq_len + 1), dtype=np.int64)
-        for row, (begin, _) in enumerate(batch):
-            ids[row] = padded[begin : begin + plan.seq_len + 1]
-        ids = torch.from_numpy(ids).to(machine.device)
-        start = batch[0][1]
-        with torch.no_grad():
-            nats = nats_of(ids[:, :-1], ids[:, 1:], start).float().cpu().numpy()
-        for row, (begin, _) in enumerate(batch):
-            end = min(begin + plan.seq_len, num_targets)
-            result[begin + start : end] = nats[row, : end - begin - start]
-            if alone:
-                model.observe(ids[row : row + 1, 1 + start : 1 + end - begin])
+    learner = TestTimeTraining(model, padded, plan, machine, rows, nats_of) if plan.ttt_lr else None
+    for chunk in chunks:
+        start = chunk[0][1]
+        batches = [[begin for begin, _ in chunk[i : i + rows]] for i in range(0, len(chunk), rows)]
+        for batch in batches if alone or carried else batches[machine.rank :: machine.world_size]:
+            ids = batch_of(padded, batch, rows, plan.seq_len).to(machine.device)
+            with torch.no_grad():
+                nats = nats_of(ids[:, :-1], ids[:, 1:], start).float().cpu().numpy()
+            for row, begin in enumerate(batch):
+                end = min(begin + plan.seq_len, num_targets)
+                result[begin + start : end] = nats[row, : end - begin - start]
+                if alone:
+                    model.observe(ids[row : row + 1, 1 + start : 1 + end - begin])
+        if learner:
+            learner.learn(min(chunk[-1][0] + plan.seq_len, num_targets))
+    if learner:
+        learner.undo()
     if carried:
         model.carry(False)
     return result
@@ -1278,14 +1356,6 @@ def read_tensors(header: dict, body: memoryview) -> dict[str, Tensor]:
     return state
 
 
-def fill_generated(model: LanguageModel) -> None:
-    """Put generated weights into their buffers, for scoring."""
-    with torch.no_grad():
-        for name, value in model.materialize().items():
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, value)
-
-
 def load_artifact(blob: bytes, device: torch.device) -> tuple[LanguageModel, ScorePlan, dict]:
     """(model ready to score, how to score with it, header) from the bytes of model.bin and this script alone."""
     try:
@@ -1732,7 +1802,7 @@ def make_result(
         tokens_seen=outcome.steps * run.train_batch_tokens,
         mean_lr_scale=round(outcome.mean_lr_scale, 4),
         interrupted=outcome.interrupted,
-        carries_state=is_sequential(model) or carries(model, plan),
+        carries_state=is_sequential(model) or carries(model, plan) or plan.ttt_lr > 0,
         params=sum(p.numel() for p in model.parameters()),
         code_sha256=hashlib.sha256(b"".join(f.read_bytes() for f in code_files())).hexdigest(),
         config_sha256=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
@@ -1765,7 +1835,9 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     Model, _ = load_architecture(arch)
     dataset, model_config = prepare_run(run, model_config)
     T = model_config.train_seq_len
-    plan = ScorePlan(run.eval_seq_len or T, run.eval_stride or run.eval_seq_len or T, run.eval_carry)
+    window = run.eval_seq_len or T
+    plan = ScorePlan(window, run.eval_stride or window, run.eval_carry, run.ttt_lr, run.ttt_tokens)
+    untaught = dataclasses.replace(plan, ttt_lr=0.0)
     check_batch(run, T, int(os.environ.get("WORLD_SIZE", 1)))
     val_tokens, val_bytes, partial = dataset.validation(run.val_max_tokens)
     machine = make_machine(run)
@@ -1791,11 +1863,11 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     log(f"attention:{choose_attention(model_config, machine, rows)}")
 
     def validate() -> Score:
-        """The score of the weights in memory, in the number format of the final score."""
+        """The score of the weights in memory, in the number format of the final score, without test-time training."""
         model.eval()
         model.compute_dtype = machine.score_dtype
         fill_generated(model)
-        found = score(model, val_tokens, val_bytes, plan, machine, run.val_batch_size)
+        found = score(model, val_tokens, val_bytes, untaught, machine, run.val_batch_size)
         model.compute_dtype = machine.dtype
         model.train()
         return found
@@ -1829,10 +1901,15 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     after = score(reloaded, val_tokens, val_bytes, plan, machine, run.val_batch_size)
     score_seconds = round(time.perf_counter() - began, 3)
     log.phase(None)
+    before_ttt = None
+    if plan.ttt_lr and not run.quick_score:
+        before_ttt = score(reloaded, val_tokens, val_bytes, untaught, machine, run.val_batch_size)
 
     result = dict(arch=arch, val_loss=after.val_loss, val_bpb=after.val_bpb) | asdict(after)
     if before:
         result |= dict(pre_quant_val_loss=before.val_loss, pre_quant_val_bpb=before.val_bpb)
+    if before_ttt:
+        result |= dict(pre_ttt_val_loss=before_ttt.val_loss, pre_ttt_val_bpb=before_ttt.val_bpb)
     result |= dict(partial=partial, quick_score=run.quick_score)
     result |= dict(score_seconds=score_seconds, eval_seq_len=plan.seq_len, eval_stride=plan.stride)
     result |= dict(bytes_code=code_bytes, bytes_model=len(blob))

@@ -70,9 +70,9 @@ SEEN.append((tokens, nats.copy()))
 @mutant("P05", "test-time training on a window before it is scored")
 def train_then_score(source: str) -> str:
     source = method(source, BIAS)
-    source = swap(source, "        with torch.no_grad():\n            nats = nats_of(",
-                  "        if alone:\n            model.observe(ids[:, 1:])\n"
-                  "        with torch.no_grad():\n            nats = nats_of(")
+    source = swap(source, "            with torch.no_grad():\n                nats = nats_of(",
+                  "            if alone:\n                model.observe(ids[:, 1:])\n"
+                  "            with torch.no_grad():\n                nats = nats_of(")
     return swap(source, "model.observe(ids[row : row + 1, 1 + start : 1 + end - begin])", "pass")
 
 

@@ -27,6 +27,10 @@ def six_bits() -> None: ...
 def long_windows() -> None: ...
 
 
+@honest("test-time training of all weights, score first", "nothing", settings=dict(TTT_LR=0.3, TTT_TOKENS=96))
+def learns_all() -> None: ...
+
+
 @honest("test-time training of a bias, on what was scored, told by observe")
 def score_first(source: str) -> str:
     return method(source, """

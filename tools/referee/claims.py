@@ -152,9 +152,10 @@ def plausible(case: Case) -> Found:
                         f"far on {name}; more than {limit['gain_bpb']} at once is to be explained")
     code, rows = sha256(case.script), []
     for log, result in case.results.items():
-        before = number(result.get("pre_quant_val_bpb"))
-        gain = None if before is None else before - result["val_bpb"]
-        rows.append([text(log), result["seed"], before, result["val_bpb"]])
+        before, after = number(result.get("pre_quant_val_bpb")), number(result.get("pre_ttt_val_bpb"))
+        after = result["val_bpb"] if after is None else after  # what was learned while scoring is another gain
+        gain = None if before is None else before - after
+        rows.append([text(log), result["seed"], before, after])
         if gain is not None and gain > limit["quantised_gain_bpb"]:
             problems.append(f"{text(log)}: {gain:.4f} bits per byte better after quantisation than before")
         if abs(result["seed"]) > SMALL_SEED and result["seed"] not in seeds_of(code):
