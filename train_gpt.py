@@ -32,8 +32,8 @@ import time
 import traceback
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -69,6 +69,7 @@ gc.enable()
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 MEMORY_SHARE = 0.6  # of what is free, for what a forward keeps; logits, gradients and optimizers take of the rest
 KEPT_COMPILED = 0.55  # of what eager on CPU keeps for backward: gpt's graph for a GPU, in bf16, 129 of 237 kB a token
+CALIBRATION_ROWS_TOKENS = 16_384  # that GPTQ looks at in one pass, which is not compiled
 BYTE_CAP = 16_000_000  # of the artifact and the script together, decimal
 
 # -----------------------------------------------------------------------------
@@ -118,6 +119,9 @@ class RunConfig:
 
     quant_bits: int = 8  # of matrices and embeddings in the artifact, 4 to 8
     quant_clip: float | None = None  # a row's largest number in its root mean squares; unset: where its error is least
+    gptq_tokens: int = (
+        0  # of training text, by which GPTQ rounds the matrices, inside the clock; 0 = to the nearest step
+    )
     artifact_bytes: int | None = None  # of model.bin; if it has more, the least clip that fits; default: the cap's rest
     eval_seq_len: int | None = None  # TRAIN_SEQ_LEN
     eval_stride: int = 0  # 0 = windows side by side; n = slide by n, score the last n of each window
@@ -136,7 +140,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         at_least_one = ("iterations", "train_batch_tokens", "train_log_every", "muon_backend_steps", "ttt_tokens")
         at_least_zero = ("max_wallclock_seconds", "warmup_steps", "warmdown_iters", "val_loss_every", "eval_stride")
-        at_least_zero += ("grad_clip_norm", "muon_wd", "embed_wd", "ttt_lr")
+        at_least_zero += ("grad_clip_norm", "muon_wd", "embed_wd", "gptq_tokens", "ttt_lr")
         for minimum, names in ((1, at_least_one), (0, at_least_zero)):
             for name in names:
                 if not getattr(self, name) >= minimum:
@@ -594,6 +598,15 @@ class TokenLoader:
         first = step * self.rows + self.machine.rank * mine
         batch = torch.from_numpy(np.stack([self.window(i) for i in range(first, first + mine)]).astype(np.int32))
         return batch.pin_memory() if self.machine.device.type == "cuda" else batch
+
+    def rows_after(self, step: int, tokens: int) -> Iterator[Tensor]:
+        """This rank's rows (n, T) from the batch of `step` on, a few at a time; over the ranks `tokens` or more."""
+        left = -(-tokens // (self.seq_len * self.machine.world_size))
+        while left > 0:
+            batch = self.batch(step)[:left, :-1]
+            for rows in batch.split(max(1, CALIBRATION_ROWS_TOKENS // self.seq_len)):
+                yield rows.to(self.machine.device).long()
+            step, left = step + 1, left - len(batch)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches from step 0 on, on the device, prepared two ahead by a thread."""
@@ -1075,6 +1088,7 @@ DTYPES = {
 RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; the least state of the coder
 SIZE_CLASSES = 41  # of numbers, by their expected size: from 1/8 to 128 in quarter octaves
 FINEST_CLIP = {4: 2.0, 5: 2.6, 6: 3.5, 7: 4.6, 8: 6.0}  # by bits; below, cutting off costs more than finer steps win
+LOOKUP_SHARE = 0.5  # of the inputs' mean square: how much an error counts in a row that the embedding reads
 CODED_SIDE = 64  # of a matrix: in a narrower one the bytes that tell the classes cost more than they save
 
 
@@ -1187,6 +1201,87 @@ def rans_decode(stream: memoryview, classes: np.ndarray, tables: np.ndarray) -> 
     return found
 
 
+def input_grams(model: LanguageModel, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """By the name of the matrix: X^T X, (in, in) fp32, of all X (tokens, in) that a Linear or the head multiplies by it
+    in the scored path on batches (n, T). Matrices that are used otherwise are not there.
+    """
+    names, grams = {id(p): name for name, p in model.named_parameters()}, {}
+
+    def add(weight: Tensor, x: Tensor) -> None:
+        if id(weight) in names:
+            x = x.detach().flatten(0, -2).float()
+            name = names[id(weight)]
+            grams[name] = x.mT @ x + grams.get(name, 0.0)
+
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_pre_hook(lambda module, args: add(module.weight, args[0])) for linear in linears]
+    with torch.no_grad():
+        for ids in batches:
+            if type(model).logits is LanguageModel.logits:
+                x, head = model.head_inputs(ids)
+                add(head, x)
+            else:
+                model.logits(ids)
+    for hook in hooks:
+        hook.remove()
+    return grams
+
+
+def gptq_values(weights: Tensor, grams: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """int8 multiples of scales (n, rows, 1) for weights (n, rows, in) whose inputs have grams (n, in, in).
+
+    Column by column, the one with the largest input first, each rounded to the nearest; what is lost by that is made
+    good by the columns still to come (GPTQ, Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
+    """
+    n, rows, columns = weights.shape
+    order = grams.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    by_row, by_column = order[:, None].expand(n, rows, columns), order[:, None].expand(n, columns, columns)
+    grams = grams.double().gather(2, by_column).gather(1, by_column.mT)
+    mean = grams.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    grams.diagonal(dim1=1, dim2=2).add_(0.01 * mean[:, None])
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(grams))
+    carry = torch.linalg.cholesky(inverse, upper=True).float()  # row i: how column i's loss goes to those after it
+    left, limit = weights.float().gather(2, by_row), 2 ** (bits - 1) - 1
+    values = torch.empty_like(left, dtype=torch.int8)
+    for begin in range(0, columns, 128):
+        end = min(begin + 128, columns)
+        lost = torch.empty_like(left[..., begin:end])
+        for i in range(begin, end):
+            value = (left[..., i : i + 1] / scales).round().clamp(-limit, limit)
+            values[..., i : i + 1] = value
+            lost[..., i - begin] = (left[..., i] - (value * scales)[..., 0]) / carry[:, i, i, None]
+            left[..., i:end] -= lost[..., i - begin, None] * carry[:, i, None, i:end]
+        left[..., end:] -= lost @ carry[:, begin:end, end:]
+    return torch.empty_like(values).scatter_(2, by_row, values)
+
+
+def gptq(
+    model: LanguageModel, batches: Iterable[Tensor], bits: int, clip: float | None, machine: Machine
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """On rank 0: in place of quantize_rows, by the parameter's name in the folded model, for those with input_grams."""
+    model = model.folded().eval()
+    model.compute_dtype = machine.dtype
+    fill_generated(model)
+    grams = {name: machine.sum(gram) for name, gram in input_grams(model, batches).items()}
+    model.train()
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    alike: dict[tuple, list[str]] = {}
+    for name in grams if machine.rank == 0 else ():
+        weight, gram = model.get_parameter(name), grams[name]
+        if id(weight) in tables:  # a tied head, whose rows are also read one by one
+            gram.diagonal().add_(LOOKUP_SHARE * gram.diagonal().mean())
+        if weight.ndim == 2 and not is_control(weight):
+            alike.setdefault(tuple(weight.shape), []).append(name)
+    rounded, device = {}, "cuda" if machine.device.type == "cuda" else "cpu"  # others have no fp64
+    for names in alike.values():
+        weights = torch.stack([model.get_parameter(name).detach() for name in names])
+        scales = torch.stack([quantize_rows(weight, bits, clip)[1] for weight in weights])
+        stacked = torch.stack([grams[name] for name in names])
+        values = gptq_values(weights.to(device), stacked.to(device), scales.to(device).float(), bits)
+        rounded |= {name: parts for name, *parts in zip(names, values.cpu(), scales, strict=True)}
+    return rounded
+
+
 def shuffled(x: Tensor) -> bytes:
     """The tensor's bytes, all first bytes first: the high bytes of neighbouring numbers are alike and compress."""
     raw = x.detach().cpu().contiguous().numpy()
@@ -1199,9 +1294,10 @@ def unshuffled(data: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor
     return torch.from_numpy(planes.T.copy()).view(dtype).reshape(shape)
 
 
-def pack_tensors(model: LanguageModel, header: dict, bits: int, clip: float | None) -> bytes:
+def pack_tensors(model: LanguageModel, header: dict, bits: int, clip: float | None, rounded: dict) -> bytes:
     """The bytes of model.bin: matrices quantised per row, control tensors fp32, shared ones once.
 
+    Matrices that are in `rounded` are quantised already.
     The frame holds the frequencies, the classes of the coded matrices' rows and columns, then, tensor by tensor,
     scales, small matrices and all that is not quantised.
     """
@@ -1216,7 +1312,7 @@ def pack_tensors(model: LanguageModel, header: dict, bits: int, clip: float | No
             continue
         first[key] = name
         if tensor.numel() and tensor.is_floating_point() and name in params and not is_control(params[name]):
-            values, scales = quantize_rows(tensor, bits, clip)
+            values, scales = rounded.get(name) or quantize_rows(tensor, bits, clip)
             coded = min(values.shape) >= CODED_SIDE
             entries.append([name, "coded" if coded else "rows", list(tensor.shape)])
             if coded:
@@ -1248,22 +1344,24 @@ def pack_artifact(
     bits: int,
     clip: float | None = None,
     most: int | None = None,
+    rounded: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> bytes:
     """The bytes of model.bin, of the model folded. If they are more than `most`, the clip is widened until they fit.
 
-    A wider clip spreads the same steps wider, so fewer are in use. If no clip fits, the bytes at the coarsest.
+    A wider clip spreads the same steps wider, so fewer are in use. If no clip fits, the bytes at the coarsest. What
+    gptq has rounded holds for the clip given: at another one all is rounded to the nearest.
     """
     model = model.folded()
     header = dict(arch=arch, config=asdict(model.config), score=asdict(plan), progress=progress)
     header |= dict(tokenizer_sha256=tokenizer_sha256)
-    blob = pack_tensors(model, header, bits, clip)
+    blob = pack_tensors(model, header, bits, clip, rounded or {})
     if most is None or len(blob) <= most:
         return blob
     weights = sum(p.numel() for p in model.parameters() if not is_control(p))
     finest, coarsest, best = clip or FINEST_CLIP[bits], coarsest_clip(bits), b""
     clip = finest
     for _ in range(16):
-        blob = pack_tensors(model, header, bits, clip)
+        blob = pack_tensors(model, header, bits, clip, {})
         spare = most - len(blob)
         if spare >= 0:
             best = max(best, blob, key=len)
@@ -1542,6 +1640,7 @@ class Outcome:
     mean_lr_scale: float = 0.0
     progress: float = 0.0
     interrupted: bool = False
+    rounded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # matrices, by gptq
 
 
 def train(
@@ -1551,9 +1650,16 @@ def train(
     step_seconds: float,
     val_seconds: float,
     log: RunLog,
+    round_after: Callable[[int], dict] | None = None,
+    round_seconds: float = 0.0,
 ) -> Outcome:
-    """Train until the iterations, the clock or the user end it. The clock runs from here on and never pauses."""
+    """Train until the iterations, the clock or the user end it. The clock runs from here on and never pauses.
+
+    round_after, told the steps, rounds the matrices by training text; the last round_seconds under the cap are its.
+    """
     run, machine, model = trainer.run, trainer.machine, trainer.model
+    if run.max_wallclock_seconds:
+        run = dataclasses.replace(run, max_wallclock_seconds=run.max_wallclock_seconds - round_seconds)
     schedule, outcome, pending = Schedule(run, step_seconds, machine.lag), Outcome(), deque()
     start = last = time.perf_counter()
 
@@ -1617,6 +1723,12 @@ def train(
         reason = "interrupted" if outcome.interrupted else "wallclock_cap"
         log(f"stopping_early: {reason} train_time:{1000 * outcome.seconds:.0f}ms step:{outcome.steps}/{run.iterations}")
     outcome.progress = schedule.fraction(outcome.steps)
+    if round_after:
+        model.on_progress(outcome.progress)
+        began, outcome.rounded = time.perf_counter(), round_after(outcome.steps)
+        outcome.seconds = time.perf_counter() - start
+        took = f"{1000 * (start + outcome.seconds - began):.0f}ms of {1000 * round_seconds:.0f}ms kept for it"
+        log(f"gptq: matrices:{len(outcome.rounded)} of {run.gptq_tokens} tokens in {took}")
     outcome.mean_lr_scale = sum(schedule.scales) / max(1, len(schedule.scales))
     log.phase("validate", start + outcome.seconds)
     return outcome
@@ -1771,6 +1883,25 @@ def time_validation(validate: Callable[[], Score], machine: Machine) -> float:
     return machine.sum(seconds).item() / machine.world_size
 
 
+def time_rounding(
+    round_by: Callable[[Iterable[Tensor]], dict], model: LanguageModel, run: RunConfig, machine: Machine
+) -> float:
+    """Seconds to keep for GPTQ at the end of training: what it takes on noise, and half as much again."""
+    T = model.config.train_seq_len
+    rows, most = -(-run.gptq_tokens // (T * machine.world_size)), max(1, CALIBRATION_ROWS_TOKENS // T)
+    start = time.perf_counter()
+    with machine.fork_rng():
+        sizes = (min(most, rows - i) for i in range(0, rows, most))
+        round_by(torch.randint(model.config.vocab_size, (n, T), device=machine.device) for n in sizes)
+    seconds = 0.1 + 1.5 * machine.most(math.ceil(1000 * (time.perf_counter() - start))) / 1000
+    if seconds >= run.cap_seconds:
+        cap = run.max_wallclock_seconds
+        raise ValueError(
+            f"GPTQ_TOKENS={run.gptq_tokens} takes {seconds:.1f} s of MAX_WALLCLOCK_SECONDS={cap}; take fewer"
+        )
+    return seconds
+
+
 def announce(log: RunLog, model: LanguageModel, machine: Machine, loader: TokenLoader, why: str) -> None:
     """Log what is about to be trained, and on what."""
     params = sum(p.numel() for p in model.parameters())
@@ -1872,14 +2003,21 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
         model.train()
         return found
 
+    def round_by(batches: Iterable[Tensor]) -> dict:
+        return gptq(model, batches, run.quant_bits, run.quant_clip, machine)
+
+    def round_after(steps: int) -> dict:
+        return round_by(loader.rows_after(steps, run.gptq_tokens))
+
     log.phase("warmup")
     if kernels := model.choose_kernels(rows, machine.compile, machine.sum):
         log(f"kernels:{kernels}")
     trainer = Trainer(model, run, machine, micro_batches)
     step_seconds = trainer.warm_up(loader.rows // machine.world_size, log)
     val_seconds = time_validation(validate, machine) if run.val_loss_every else 0.0
+    rounding = (round_after, time_rounding(round_by, model, run, machine)) if run.gptq_tokens else ()
     log.phase("train")
-    outcome = train(trainer, loader, validate, step_seconds, val_seconds, log)
+    outcome = train(trainer, loader, validate, step_seconds, val_seconds, log, *rounding)
     before = None if run.quick_score else validate()
     if before:
         log_score(log, f"step:{outcome.steps}/{run.iterations}", before, outcome)
@@ -1888,13 +2026,15 @@ def run_training(arch: str, run: RunConfig, model_config: ModelConfig) -> int:
     settings = (arch, dataset.tokenizer_sha256, plan, outcome.progress, run.quant_bits)
     code_bytes = sum(f.stat().st_size for f in code_files())
     most = run.artifact_bytes or BYTE_CAP - code_bytes
-    settings += (run.quant_clip, most)
+    settings += (run.quant_clip, most, outcome.rounded)
     blob = store(folder / "model.bin", machine, lambda: pack_artifact(model, *settings))
     log.phase("score")
     began = time.perf_counter()
     reloaded, plan, header = load_artifact(blob, machine.device)
     if run.artifact_bytes or header["quant_clip"] != run.quant_clip:
         log(f"quant_clip:{header['quant_clip']} bytes_model:{len(blob)} artifact_bytes:{most}")
+    if outcome.rounded and header["quant_clip"] != run.quant_clip:
+        log(f"gptq: dropped, what it rounded is over ARTIFACT_BYTES={most}; set QUANT_CLIP={header['quant_clip']:.1f}")
     if len(blob) > most:
         log(f"over ARTIFACT_BYTES={most} at the coarsest clip: lower QUANT_BITS={run.quant_bits}")
     reloaded.compute_dtype = machine.score_dtype

@@ -102,10 +102,10 @@ def losses_of(output: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_process(data, tmp_path_factory) -> tuple[dict, list[float], dict]:
-    """(settings, losses, result) of a short fp32 run on one process, gradients clipped, that learns while it scores."""
+    """(settings, losses, result) of a short fp32 run on one process: clipped, rounded by GPTQ, trained at test time."""
     folder = tmp_path_factory.mktemp("one")
     settings = TINY | dict(DATA_PATH=data, OUT_DIR=folder, ITERATIONS=6, BF16=0, GRAD_CLIP_NORM=0.05)
-    settings |= dict(TTT_LR=0.3, TTT_TOKENS=500)
+    settings |= dict(TTT_LR=0.3, TTT_TOKENS=500, GPTQ_TOKENS=500)
     done = run_script(settings)
     return settings, losses_of(done.stdout), result_of(done)
 
