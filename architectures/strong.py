@@ -16,7 +16,7 @@ Each is a setting, and the published gain is small; with all off this is gpt. n 
                      token does not hold (exclusive self-attention, Zhai 2026, https://arxiv.org/abs/2603.09078)
     ATTN_GATE        y_h <- 2 sigmoid(w_h . h[:12]) y_h for each head (Qiu et al. 2025, https://arxiv.org/abs/2505.06708)
     SMEAR_GATE       x_t <- x_t + g sigmoid(w . x_t[:12]) x_{t-1} for embeddings, but not where a document begins
-They go with MUON_WD, EMBED_WD, MIN_LR, EMA_DECAY, QUANT_BITS=6, EVAL_STRIDE and a wide MLP, which are the run's.
+They go with MUON_ROW_NORM, MUON_WD, EMBED_WD, MIN_LR, EMA_DECAY, QUANT_BITS=6, EVAL_STRIDE and a wide MLP.
 Differs from the records: in lanes their skips go to x alone and the embedding to what attention reads of it, and both
 streams have a gain of their own. No recurrence (see depth_recurrence), no hashed bigrams.
 """
