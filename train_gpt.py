@@ -105,6 +105,7 @@ class RunConfig:
     muon_momentum: float = 0.95
     muon_backend_steps: int = 5
     muon_polynomial: str = "polar"  # express; "jordan": upstream's fixed coefficients
+    muon_row_norm: bool = False  # every output channel of the update has norm 1 before it is orthogonalised
     muon_momentum_warmup_start: float = 0.85
     muon_momentum_warmup_steps: int = 500
     beta1: float = 0.9
@@ -879,12 +880,13 @@ class Muon:
     """Momentum, then orthogonalised updates (https://kellerjordan.github.io/posts/muon/), batched by shape.
 
     Matrices are laid on their side where that makes shapes equal; each rank orthogonalises its part of a batch. What
-    the ranks exchange of one batch travels while the next is computed.
+    the ranks exchange of one batch travels while the next is computed. MUON_ROW_NORM is MuonEq-R (Chang et al. 2026,
+    https://arxiv.org/abs/2603.28254).
     """
 
     def __init__(self, params: list[nn.Parameter], run: RunConfig, machine: Machine):
         self.base_lr = self.lr = run.matrix_lr
-        self.decay = run.muon_wd
+        self.decay, self.row_norm = run.muon_wd, run.muon_row_norm
         self.momentum, self.how, self.machine = 0.95, (run.muon_backend_steps, run.muon_polynomial), machine
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if machine.compile else orthogonalize
         self.batches: dict[tuple[int, int], list[nn.Parameter]] = {}
@@ -928,7 +930,11 @@ class Muon:
             if shape not in self.buffers:
                 self.buffers[shape] = torch.zeros_like(grads)
             buffer = self.buffers[shape].mul_(self.momentum).add_(grads)
-            updates.append(self.spread(grads.add_(buffer, alpha=self.momentum).to(self.machine.dtype)))
+            moved = grads.add_(buffer, alpha=self.momentum)
+            if self.row_norm:
+                for rows in self.upright(moved, self.batches[shape]):  # views, in which rows are rows
+                    nn.functional.normalize(rows, dim=-1, out=rows)
+            updates.append(self.spread(moved.to(self.machine.dtype)))
         for params, finish in zip(self.batches.values(), updates, strict=True):
             for p, update in zip(params, self.upright(finish().to(params[0].dtype), params), strict=True):
                 if self.decay:

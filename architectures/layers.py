@@ -433,11 +433,15 @@ class LanguageModel(nn.Module):
         x0, skips, num_skips = x, [], self.num_skips
         for i, block in enumerate(self.blocks):
             if i >= num_skips and skips:
-                x = x + self.skip_weights[i - num_skips].to(x.dtype) * skips.pop()
+                x = self.join_skip(i - num_skips, x, skips.pop())
             x = block(x, x0)
             if i < num_skips:
                 skips.append(x)
         return x
+
+    def join_skip(self, i: int, x: Tensor, skip: Tensor) -> Tensor:
+        """The stream x (B, T, D) with what the i-th skip brings, (B, T, D)."""
+        return x + self.skip_weights[i].to(x.dtype) * skip
 
     def head_inputs(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """What logits multiplies: normed activations (B, T - start, D) and the head's weight (V, D)."""

@@ -82,7 +82,7 @@ class RecurrentStack(LanguageModel):
         for i in self.layer_order if self.repeating else range(len(self.blocks)):
             source = 2 * num_skips - 1 - i
             if num_skips <= i and source >= 0:
-                x = x + self.skip_weights[i - num_skips].to(x.dtype) * outputs[source]
+                x = self.join_skip(i - num_skips, x, outputs[source])
             x = self.blocks[i](x, x0)
             if i < num_skips:
                 outputs[i] = x

@@ -4,15 +4,21 @@ Each is a setting, and the published gain is small; with all off this is gpt. n 
     LN_SCALE         s_l = 1 / sqrt(l + 1) in layer l, else 1
     LEAKY_SLOPE      W_2 leaky_relu(W_1 h)^2 with that slope below 0; 0: relu^2
     PARALLEL_LAST_N  in the last n layers MLP and attention read the same h (Wang and Komatsuzaki 2021, GPT-J)
+    LANES_LAST_N     in place of that, the last n layers have a second stream z, at first x, for the MLP to read:
+                     x <- x + g_00 a + g_10 m,  z <- z + g_01 a + g_11 m,  a = attention(n(x) s_l), m = MLP(n(z) s_l),
+                     every g 1 at first. Skips and the embedding come into both; after the last layer x <- (x + z) / 2
+                     (https://github.com/openai/parameter-golf/pull/1529)
+    SKIP_GATES       a U-Net skip s comes in by x <- (1 - g) x + g w s, not x + w s; g is the sigmoid of a number per
+                     channel, at first 0: half of each
     ROPE_FRACTION    of a head's numbers, four at least, are rotated; the rest knows no position
     VALUE_RESIDUAL   v_l <- a v_l + b v_0: layer 0's values (Zhou et al. 2024, https://arxiv.org/abs/2410.17897)
     XSA_LAST_N       in the last n layers y <- y - (y . v) v / |v|^2, v the token's own value: a head reads what the
                      token does not hold (exclusive self-attention, Zhai 2026, https://arxiv.org/abs/2603.09078)
     ATTN_GATE        y_h <- 2 sigmoid(w_h . h[:12]) y_h for each head (Qiu et al. 2025, https://arxiv.org/abs/2505.06708)
     SMEAR_GATE       x_t <- x_t + g sigmoid(w . x_t[:12]) x_{t-1} for embeddings, but not where a document begins
-They go with MUON_WD, EMBED_WD, MIN_LR, EMA_DECAY, QUANT_BITS=6, EVAL_STRIDE and a wide MLP, which are the run's.
-Differs from the records: the parallel form has one residual stream, not two lanes; no gates on the U-Net skips, no
-recurrence (see depth_recurrence), no hashed bigrams.
+They go with MUON_ROW_NORM, MUON_WD, EMBED_WD, MIN_LR, EMA_DECAY, QUANT_BITS=6, EVAL_STRIDE and a wide MLP.
+Differs from the records: in lanes their skips go to x alone and the embedding to what attention reads of it, and both
+streams have a gain of their own. No recurrence (see depth_recurrence), no hashed bigrams.
 """
 
 from dataclasses import dataclass, field
@@ -33,31 +39,41 @@ class Config(DocumentConfig):
     env_prefix: ClassVar[str] = "DOC_"
     neutral: ClassVar[dict | None] = {
         "ln_scale": False, "leaky_slope": 0.0, "parallel_last_n": 0, "rope_fraction": 1.0, "value_residual": False,
-        "xsa_last_n": 0, "attn_gate": False, "smear_gate": False, "qk_gain_init": 1.5,
+        "xsa_last_n": 0, "attn_gate": False, "smear_gate": False, "qk_gain_init": 1.5, "lanes_last_n": 0,
+        "skip_gates": False,
     }  # fmt: skip
 
     qk_gain_init: float = 5.0
     ln_scale: bool = True
     leaky_slope: float = 0.5
-    parallel_last_n: int | None = field(default=None, metadata={"other": 2})  # None = a third of the layers
+    parallel_last_n: int | None = field(default=None, metadata={"other": 2})  # None = a third of the layers, or lanes
     rope_fraction: float = field(default=0.25, metadata={"other": 1.0})
     value_residual: bool = True
     xsa_last_n: int | None = field(default=None, metadata={"other": 1})  # None = all layers
     attn_gate: bool = True
     smear_gate: bool = True
+    lanes_last_n: int = field(default=0, metadata={"other": 2})  # 0 = off
+    skip_gates: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("leaky_slope", "rope_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name.upper()}={getattr(self, name)} must be between 0 and 1")
-        for name, count in (("PARALLEL_LAST_N", self.parallel_layers), ("XSA_LAST_N", self.xsa_layers)):
+        counts = {"PARALLEL_LAST_N": self.parallel_layers, "LANES_LAST_N": self.lanes_last_n}
+        for name, count in (counts | {"XSA_LAST_N": self.xsa_layers}).items():
             if not 0 <= count <= self.num_layers:
                 raise ValueError(f"{name}={count} must be between 0 and NUM_LAYERS={self.num_layers}")
+        if self.lanes_last_n and self.parallel_layers:
+            raise ValueError(
+                f"LANES_LAST_N={self.lanes_last_n} is in place of PARALLEL_LAST_N={self.parallel_layers}: set one to 0"
+            )
 
     @property
     def parallel_layers(self) -> int:
-        return self.num_layers // 3 if self.parallel_last_n is None else self.parallel_last_n
+        if self.parallel_last_n is None:
+            return 0 if self.lanes_last_n else self.num_layers // 3
+        return self.parallel_last_n
 
     @property
     def xsa_layers(self) -> int:
@@ -75,7 +91,8 @@ class Config(DocumentConfig):
 
     def num_params(self) -> int:
         gates = self.attn_gate * self.num_layers * self.num_heads * self.gate_inputs
-        residuals = self.value_residual * 2 * (self.num_layers - 1)
+        gates += self.skip_gates * (self.num_layers // 2) * self.model_dim
+        residuals = self.value_residual * 2 * (self.num_layers - 1) + 4 * self.lanes_last_n
         return super().num_params() + gates + residuals + self.smear_gate * (self.gate_inputs + 1)
 
 
@@ -166,6 +183,23 @@ class StrongBlock(Block):
         return x + scaled(self.mlp, read if self.parallel else self.normed(x), self.mlp_scale)
 
 
+class LaneBlock(StrongBlock):
+    """The branches side by side on two residual streams: each reads its own and writes to both."""
+
+    def __init__(self, mixer: nn.Module, config: Config, layer_idx: int):
+        super().__init__(mixer, config, layer_idx)
+        self.gains = control(nn.Parameter(torch.ones(2, 2)))  # of each branch, in each stream
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        """x, one stream (B, T, D) or two (2, B, T, D), and x0 (B, T, D) to (2, B, T, D)."""
+        mix = self.resid_mix.to(x.dtype)
+        lanes = (mix[0] * x + mix[1] * x0).expand(2, *x0.shape)
+        attended = scaled(self.mixer, self.normed(lanes[0]), self.mixer_scale)
+        computed = scaled(self.mlp, self.normed(lanes[1]), self.mlp_scale)
+        gains = self.gains.to(x.dtype)[..., None, None, None]
+        return lanes + gains[0] * attended + gains[1] * computed
+
+
 class Model(DocumentModel):
     def __init__(self, config: Config):
         self.first = FirstValues()
@@ -173,12 +207,15 @@ class Model(DocumentModel):
         if config.smear_gate:
             self.smear = control(nn.Parameter(torch.zeros(config.gate_inputs)))
             self.smear_size = control(nn.Parameter(torch.zeros(())))  # g
+        if config.skip_gates and self.num_skips:
+            self.skip_gates = control(nn.Parameter(torch.zeros_like(self.skip_weights)))
 
     def make_attention(self, layer_idx: int) -> CausalSelfAttention:
         return StrongAttention(self.config, layer_idx, self.first)
 
     def make_block(self, layer_idx: int) -> nn.Module:
-        return StrongBlock(self.make_mixer(layer_idx), self.config, layer_idx)
+        in_lanes = layer_idx >= self.config.num_layers - self.config.lanes_last_n
+        return (LaneBlock if in_lanes else StrongBlock)(self.make_mixer(layer_idx), self.config, layer_idx)
 
     def embedded(self, input_ids: Tensor) -> Tensor:
         x = super().embedded(input_ids)
@@ -191,4 +228,10 @@ class Model(DocumentModel):
     def backbone(self, x: Tensor) -> Tensor:
         x = super().backbone(x)
         self.first.now = None
-        return x
+        return x.mean(dim=0) if self.config.lanes_last_n else x
+
+    def join_skip(self, i: int, x: Tensor, skip: Tensor) -> Tensor:
+        """x, one stream (B, T, D) or two (2, B, T, D), with a skip of one stream or of as many as x."""
+        if not self.config.skip_gates:
+            return super().join_skip(i, x, skip)
+        return torch.lerp(x, self.skip_weights[i].to(x.dtype) * skip, torch.sigmoid(self.skip_gates[i]).to(x.dtype))

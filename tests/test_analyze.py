@@ -22,6 +22,7 @@ MODELS = (
     *[("gpt", {}), ("ti_mlp", {}), ("ti_ssm", {"ssm_mode": "selective", "d_state": 4, "ssm_attn_every": 2})],
     *[("ti_ssm", {"ssm_mode": "lti", "d_state": 4, "ssm_attn_every": 2}), ("tong_ode", {})],
     *[("ti_ode", {}), ("ti_ode", {"ode_solver": "heun"}), ("shared", {"ti_blocks": 1})],
+    ("strong", {"lanes_last_n": 3, "skip_gates": True}),
 )
 every_model = pytest.mark.parametrize(("name", "settings"), MODELS, ids=str)
 

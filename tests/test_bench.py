@@ -57,9 +57,9 @@ def capped_run(folder: Path, seconds: float, steps: int) -> tuple:
     return read_log(path), [(10.0, "phase:warmup begin"), (10.5 + seconds, "stopping_early: wallclock_cap")]
 
 
-def both_steps(arch: str = "gpt") -> tuple:
+def both_steps(**settings: str) -> tuple:
     """(plain model, its step, kit model, its step, a batch), in fp32 from one set of weights."""
-    arch, run, config = read_settings(SHAPE | {"ARCH": arch})
+    arch, run, config = read_settings(SHAPE | settings)
     Model, _ = load_architecture(arch)
     machine = Machine(torch.device("cpu"))
     batch = torch.randint(config.vocab_size, (4, 17), generator=torch.Generator().manual_seed(1))
@@ -67,8 +67,9 @@ def both_steps(arch: str = "gpt") -> tuple:
     return plain, PlainStep(plain, run), ours, kit_stepper(ours, run, machine, 1, [batch]), batch
 
 
-def test_the_plain_step_and_the_kit_have_one_loss_and_leave_the_same_weights():
-    plain, step, ours, stepper, batch = both_steps()
+@pytest.mark.parametrize("row_norm", "01")
+def test_the_plain_step_and_the_kit_have_one_loss_and_leave_the_same_weights(row_norm):
+    plain, step, ours, stepper, batch = both_steps(MUON_ROW_NORM=row_norm)
     before = plain.blocks[0].mlp.up.weight.clone()
     assert stepper.take(1) == pytest.approx(step(batch, 0).item(), abs=1e-5)
     for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):

@@ -57,10 +57,12 @@ def test_bf16_costs_an_update_little(shape):
 JORDAN = dataclasses.replace(train_gpt.RunConfig(), matrix_lr=0.1, muon_polynomial="jordan")
 
 
-def looped_muon_update(p: torch.Tensor, buffer: torch.Tensor, lr: float, momentum: float) -> None:
-    """One matrix at a time, as in the post that introduced Muon."""
+def looped_muon_update(p: torch.Tensor, buffer: torch.Tensor, lr: float, momentum: float, row_norm: bool) -> None:
+    """One matrix at a time, as in the post that introduced Muon; row_norm: of rows of norm 1, as in MuonEq-R."""
     buffer.mul_(momentum).add_(p.grad)
     update = p.grad + momentum * buffer
+    if row_norm:
+        update = torch.stack([row / (row.norm() or 1.0) for row in update])
     x = update / (update.norm() + 1e-7)
     x = x.T if p.size(0) > p.size(1) else x
     for _ in range(5):
@@ -70,23 +72,46 @@ def looped_muon_update(p: torch.Tensor, buffer: torch.Tensor, lr: float, momentu
     p.data.add_(x, alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
-def test_batched_muon_equals_one_matrix_at_a_time():
+@pytest.mark.parametrize("row_norm", [False, True])
+def test_batched_muon_equals_one_matrix_at_a_time(row_norm):
     torch.manual_seed(0)
     shapes = [(8, 8), (8, 16), (16, 8), (16, 8), (8, 8), (24, 4)]
     ours = [nn.Parameter(torch.randn(s)) for s in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     stack = nn.Parameter(torch.stack([theirs[0].detach(), theirs[4].detach()]))  # a stack is as many matrices
-    muon, buffers = train_gpt.Muon([*ours, stack], JORDAN, CPU), [torch.zeros(s) for s in shapes]
+    run = dataclasses.replace(JORDAN, muon_row_norm=row_norm)
+    muon, buffers = train_gpt.Muon([*ours, stack], run, CPU), [torch.zeros(s) for s in shapes]
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
-            p.grad = q.grad = torch.randn(p.shape)
+            p.grad = q.grad = torch.randn(p.shape) * torch.logspace(-2, 2, len(p))[:, None]  # rows of unequal norms
+            p.grad[0] = 0.0
         stack.grad = torch.stack([ours[0].grad, ours[4].grad])
         muon.collect()
         muon.step()
         for q, buffer in zip(theirs, buffers, strict=True):
-            looped_muon_update(q, buffer, 0.1, 0.95)
+            looped_muon_update(q, buffer, 0.1, 0.95, row_norm)
     for p, q in zip([*ours, *stack], [*theirs, theirs[0], theirs[4]], strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_made_equal_for_wide_tall_and_square_matrices_and_not_unless_asked_for():
+    assert not train_gpt.RunConfig().muon_row_norm
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.zeros(s)) for s in [(8, 16), (16, 8), (8, 8), (2, 16, 8)]]
+    seen = {}
+    for row_norm in (False, True):
+        muon, parts = train_gpt.Muon(params, dataclasses.replace(JORDAN, muon_row_norm=row_norm), CPU), []
+        muon.orthogonalize = lambda x, *_, parts=parts: parts.append(x.clone()) or x
+        for p in params:
+            p.grad = torch.arange(1.0, p.numel() + 1).view(p.shape)
+        muon.collect()
+        muon.step()
+        views = [muon.upright(batch, of) for batch, of in zip(parts, muon.batches.values(), strict=True)]
+        seen[row_norm] = [x for group in views for x in group]
+    assert [x.shape for x in seen[True]] == [(8, 16), (16, 8), (2, 16, 8), (8, 8)]
+    for plain, equal in zip(seen[False], seen[True], strict=True):
+        torch.testing.assert_close(equal.norm(dim=-1), torch.ones(equal.shape[:-1]))
+        torch.testing.assert_close(equal * plain.norm(dim=-1, keepdim=True), plain)
 
 
 def test_weights_decay_by_their_rate_times_the_setting_and_control_tensors_do_not():

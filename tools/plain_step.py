@@ -98,6 +98,7 @@ class PlainStep:
             moved = p.grad + momentum * self.buffers[p]
             for weight, update in zip(p.reshape(-1, *p.shape[-2:]), moved.reshape(-1, *p.shape[-2:]), strict=True):
                 rate = run.matrix_lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5
+                update = F.normalize(update, dim=-1) if run.muon_row_norm else update
                 update = update.to(self.model.compute_dtype)
                 weight.sub_(rate * self.orthogonalize(update, run.muon_backend_steps, run.muon_polynomial))
 

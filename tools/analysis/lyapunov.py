@@ -44,7 +44,10 @@ def stream_states(model: LanguageModel) -> States:
     def states(x: Tensor) -> tuple[Tensor, ...]:
         seen: list[Tensor] = []
         blocks = set(model.blocks)
-        handles = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in blocks]
+        # Rows first: two lanes are (2, B, T, D).
+        handles = [
+            block.register_forward_pre_hook(lambda _, args: seen.append(args[0].transpose(0, -3))) for block in blocks
+        ]
         try:
             result = model.backbone(x)
         finally:
