@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from types import ModuleType
 from typing import IO, NoReturn
 
 SERVER = "import sys; sys.path[0] = sys.argv[1]; import forked; forked.serve()"
+ONE_AT_A_TIME = threading.Lock()  # some tests ask from several threads
 
 
 def run_forked(
@@ -31,10 +33,11 @@ def run_forked(
     command = [sys.executable, *map(str, words)]
     if sys.platform != "linux":
         return subprocess.run(command, cwd=cwd, env=env, input=given, capture_output=True, text=True, timeout=timeout)
-    asked = server()
-    asked.stdin.write(json.dumps([command[1:], env, str(cwd), timeout, given]) + "\n")
-    asked.stdin.flush()
-    answer = json.loads(asked.stdout.readline())
+    with ONE_AT_A_TIME:
+        asked = server()
+        asked.stdin.write(json.dumps([command[1:], env, str(cwd), timeout, given]) + "\n")
+        asked.stdin.flush()
+        answer = json.loads(asked.stdout.readline())
     if answer is None:
         raise subprocess.TimeoutExpired(command, timeout)
     return subprocess.CompletedProcess(command, *answer)
