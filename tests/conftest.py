@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 
 import train_gpt
 
@@ -88,12 +89,14 @@ def environment(settings: dict) -> dict[str, str]:
 
 
 def run_script(
-    settings: dict, *args: str, script: Path = ROOT / "train_gpt.py", **kwargs
+    settings: dict, *args: str, script: Path = ROOT / "train_gpt.py", given: str = "", start: bool = False
 ) -> subprocess.CompletedProcess:
-    """`python train_gpt.py ARGS` with these settings and no others."""
+    """`python train_gpt.py ARGS` with these settings and no others; start: not as a fork, but as a user starts it."""
+    if not start:
+        return run_forked([script, *args], environment(settings), ROOT, 300, given)
     command = [sys.executable, str(script), *args]
     return subprocess.run(
-        command, env=environment(settings), cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs
+        command, env=environment(settings), cwd=ROOT, input=given, capture_output=True, text=True, timeout=300
     )
 
 

@@ -88,7 +88,7 @@ def test_run_packed_run_and_score_request_agree(finished, data, tmp_path):
     result, folder, _ = finished
     nats = tmp_path / "nats"
     request = json.dumps({"tokens": str(data / "fineweb_val_000000.bin"), "nats": str(nats)})
-    done = run_script({}, "score", str(folder / "model.bin"), input=request + "\n")
+    done = run_script({}, "score", str(folder / "model.bin"), given=request + "\n")
     assert json.loads(done.stdout)["targets"] == result["val_tokens"]
     total = np.fromfile(nats, dtype="<f4").sum(dtype=np.float64)
     assert abs(total / (math.log(2) * result["val_bytes"]) - result["val_bpb"]) < 1e-6
@@ -106,7 +106,7 @@ def test_score_server_answers_bad_requests_and_goes_on(finished, data, tmp_path)
         json.dumps(good | {"tokens": str(wild)}),
         json.dumps(good),
     ]
-    done = run_script({}, "score", str(finished[1] / "model.bin"), input="\n".join(lines))
+    done = run_script({}, "score", str(finished[1] / "model.bin"), given="\n".join(lines))
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert ["error" in a for a in answers] == [True] * 6 + [False] and done.returncode == 0
 

@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import tools.referee.parts  # noqa: F401
 from data.sources import pydocs
+from tests.forked import run_forked
 from tests.mutants import Mutant, all_mutants
 from tools import pack
 from tools.referee.case import Case, Data, read_data
@@ -89,9 +88,7 @@ class Workshop:
     def call(self, *words: object, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
         """Runs a Python program as a user does, with one thread and no settings but these."""
         kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ}
-        env = kept | {"OMP_NUM_THREADS": "1"} | (env or {})
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True,
-                              timeout=CALL_SECONDS, check=False)
+        done = run_forked(words, kept | {"OMP_NUM_THREADS": "1"} | (env or {}), cwd, CALL_SECONDS)
         if done.returncode:
             raise ValueError(f"{' '.join(map(str, words[:2]))} failed: {(done.stderr or done.stdout).strip()[-500:]}")
 
