@@ -67,9 +67,9 @@ def both_steps(**settings: str) -> tuple:
     return plain, PlainStep(plain, run), ours, kit_stepper(ours, run, machine, 1, [batch]), batch
 
 
-@pytest.mark.parametrize("row_norm", "01")
-def test_the_plain_step_and_the_kit_have_one_loss_and_leave_the_same_weights(row_norm):
-    plain, step, ours, stepper, batch = both_steps(MUON_ROW_NORM=row_norm)
+@pytest.mark.parametrize("settings", [{}, dict(MUON_ROW_NORM="1", MUON_WD="0.5", EMBED_WD="0.5", GRAD_CLIP_NORM="0.1")])
+def test_the_plain_step_and_the_kit_have_one_loss_and_leave_the_same_weights(settings):
+    plain, step, ours, stepper, batch = both_steps(**settings)
     before = plain.blocks[0].mlp.up.weight.clone()
     assert stepper.take(1) == pytest.approx(step(batch, 0).item(), abs=1e-5)
     for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):

@@ -1,6 +1,6 @@
 """The training step as one first writes it, and the kit's step measured in turns with it.
 
-PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz per matrix, torch.optim.Adam; or, as
+PlainStep is upstream's starter in fp32 (TF32 on CUDA): eager, one Newton-Schulz per matrix, torch.optim.AdamW; or, as
 upstream runs it, in bf16, compiled, in eight micro-batches. It shares the model with train_gpt.py and nothing of the
 step, so the step is also tested against it. Every step is timed in a process of its own: what one has taken from the
 C library's allocator, or left there, would serve or cost the others.
@@ -63,9 +63,10 @@ class PlainStep:
         rest = [p for p in model.parameters() if all(p is not q for q in embed + head)]
         self.matrices = [p for p in rest if not is_control(p)]
         controls = [p for p in rest if is_control(p)]
-        rates = (embed, run.embed_lr if head else run.tied_embed_lr), (head, run.head_lr), (controls, run.scalar_lr)
-        groups = [dict(params=params, lr=lr) for params, lr in rates if params]
-        self.adam = torch.optim.Adam(groups, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
+        embed_lr = run.embed_lr if head else run.tied_embed_lr
+        rates = (embed, embed_lr, run.embed_wd), (head, run.head_lr, run.embed_wd), (controls, run.scalar_lr, 0.0)
+        groups = [dict(params=params, lr=lr, weight_decay=decay) for params, lr, decay in rates if params]
+        self.adam = torch.optim.AdamW(groups, betas=(run.beta1, run.beta2), eps=run.adam_eps, fused=True)
         self.buffers = {p: torch.zeros_like(p) for p in self.matrices}
 
     def loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
@@ -81,6 +82,8 @@ class PlainStep:
             loss = self.loss(part[:, :-1], part[:, 1:]) / self.micro_batches
             loss.backward()
             total += loss.detach()
+        if self.run.grad_clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.grad_clip_norm)
         self.muon_step(step)
         self.adam.step()
         self.model.zero_grad()
@@ -100,6 +103,7 @@ class PlainStep:
                 rate = run.matrix_lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5
                 update = F.normalize(update, dim=-1) if run.muon_row_norm else update
                 update = update.to(self.model.compute_dtype)
+                weight.mul_(1 - run.matrix_lr * run.muon_wd)
                 weight.sub_(rate * self.orthogonalize(update, run.muon_backend_steps, run.muon_polynomial))
 
 
