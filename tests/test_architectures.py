@@ -45,9 +45,7 @@ def some_tokens(*shape: int) -> torch.Tensor:
     return torch.randint(260, shape, generator=torch.Generator().manual_seed(1))
 
 
-def losses_one_by_one(
-    name: str, steps: int = 3, tokens: torch.Tensor | None = None, **settings
-) -> Iterator[float]:
+def losses_one_by_one(name: str, steps: int = 3, tokens: torch.Tensor | None = None, **settings) -> Iterator[float]:
     """The losses of a few steps of the real trainer, without its clock, and the score after them."""
     model = tiny(name, **settings)
     trainer = train_gpt.Trainer(model, train_gpt.RunConfig(), CPU, micro_batches=1)
