@@ -120,9 +120,7 @@ class RunConfig:
 
     quant_bits: int = 8  # of matrices and embeddings in the artifact, 4 to 8
     quant_clip: float | None = None  # a row's largest number in its root mean squares; unset: where its error is least
-    gptq_tokens: int = (
-        0  # of training text, by which GPTQ rounds the matrices, inside the clock; 0 = to the nearest step
-    )
+    gptq_tokens: int = 0  # of training text, by which GPTQ rounds the matrices; 0 = they go to the nearest step
     artifact_bytes: int | None = None  # of model.bin; if it has more, the least clip that fits; default: the cap's rest
     eval_seq_len: int | None = None  # TRAIN_SEQ_LEN
     eval_stride: int = 0  # 0 = windows side by side; n = slide by n, score the last n of each window
@@ -653,7 +651,7 @@ class ScorePlan:
     stride: int
     carry: bool = False  # each window goes on from the state of the one before it; only side by side
     ttt_lr: float = 0.0  # of TestTimeTraining; 0 = off
-    ttt_tokens: int = 32_768  # scored between two of its steps
+    ttt_tokens: int = RunConfig.ttt_tokens  # scored between two of its steps
 
     def __post_init__(self) -> None:
         if not (self.seq_len >= 1 and 1 <= self.stride <= self.seq_len):
@@ -1897,8 +1895,7 @@ def time_rounding(
     rows, most = -(-run.gptq_tokens // (T * machine.world_size)), max(1, CALIBRATION_ROWS_TOKENS // T)
     start = time.perf_counter()
     with machine.fork_rng():
-        sizes = (min(most, rows - i) for i in range(0, rows, most))
-        round_by(torch.randint(model.config.vocab_size, (n, T), device=machine.device) for n in sizes)
+        round_by(torch.randint(model.config.vocab_size, (rows, T), device=machine.device).split(most))
     seconds = 0.1 + 1.5 * machine.most(math.ceil(1000 * (time.perf_counter() - start))) / 1000
     if seconds >= run.cap_seconds:
         cap = run.max_wallclock_seconds

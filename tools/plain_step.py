@@ -103,7 +103,8 @@ class PlainStep:
                 rate = run.matrix_lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5
                 update = F.normalize(update, dim=-1) if run.muon_row_norm else update
                 update = update.to(self.model.compute_dtype)
-                weight.mul_(1 - run.matrix_lr * run.muon_wd)
+                if run.muon_wd:
+                    weight.mul_(1 - run.matrix_lr * run.muon_wd)
                 weight.sub_(rate * self.orthogonalize(update, run.muon_backend_steps, run.muon_polynomial))
 
 
